@@ -1,0 +1,111 @@
+"""Stage 1: next-action and next-observation prediction on demonstrations (paper, C.1).
+
+L = −log p(a_t | o_1:t) − λ log p(o_{t+1} | o_1:t). No rewards, goals or task labels are in the data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from internalrl.base.batches import Batch, demonstration_batches, split, to_batch
+from internalrl.base.trajectory import TrajectoryConfig, TrajectoryModel, llama_backbone
+from internalrl.domains.grid import GridConfig, demonstrate, pretraining_tasks
+from internalrl.domains.grid_bayes import bayes_filter
+from internalrl.loop import Loop, optimise
+from internalrl.runlog import RunFolder
+from internalrl.stages import BaseConfig, PretrainConfig
+
+WARMUP_STEPS = 20
+LOG_EVERY = 10
+
+
+def main(config: PretrainConfig, run: RunFolder) -> dict[str, Any]:
+    """Train a base model, save it to `run`/base and measure it against the exact Bayes filter."""
+    torch.manual_seed(run.seed)
+    model = build(config.base, config.grid)
+    loop = pretrain(model, config, run)
+    model.save_pretrained(run.path / "base")
+    return {**evaluate(model, config.grid, seed=run.seed), "seconds": loop.seconds}
+
+
+def build(config: BaseConfig, grid: GridConfig) -> TrajectoryModel:
+    """A new base model for `grid`."""
+    return TrajectoryModel(
+        TrajectoryConfig(
+            encoder=config.encoder,
+            encoder_options={"size": grid.size, "colors": grid.colors, "walls": grid.walls},
+            backbone=llama_backbone(config.layers, config.width, config.heads, config.mlp),
+            relative_buckets=config.relative_buckets,
+            relative_distance=config.relative_distance,
+        )
+    )
+
+
+def pretrain(model: TrajectoryModel, config: PretrainConfig, run: RunFolder) -> Loop:
+    """The training loop; returns it finished, for its times."""
+    optimizers = make_optimizers(model, config)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, config))
+        for optimizer in optimizers.values()
+    ]
+    loop = Loop(run, "pretrain", config.steps, {"base": model}, optimizers)
+    batches = None
+    model.train()
+    for step in loop:
+        batches = batches or demonstration_batches(
+            config.grid, config.batch_size, run.seed, step, config.crop, config.noise
+        )
+        action_nll, observation_nll = losses(model, next(batches))
+        for schedule in schedules:
+            schedule.step(step)
+        optimise(action_nll + config.observation_coef * observation_nll, *optimizers.values())
+        if step % LOG_EVERY == 0 or step == config.steps - 1:
+            loop.log(nll=action_nll.item(), observation_nll=observation_nll.item())
+    model.eval()
+    return loop
+
+
+def losses(model: TrajectoryModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean next-action and next-observation losses in nats per step."""
+    output = model(batch.observations)
+    follows = batch.mask[:, 1:]
+    target = model.encoder.target(batch.observations)[:, 1:]
+    return (
+        F.cross_entropy(output.logits[batch.mask], batch.actions[batch.mask]),
+        F.cross_entropy(output.next_observation_logits[:, :-1][follows], target[follows]),
+    )
+
+
+def make_optimizers(model: TrajectoryModel, config: PretrainConfig) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the backbone's matrices and AdamW for the rest, or AdamW for all."""
+    matrices = [p for p in model.backbone.layers.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "adamw": torch.optim.AdamW(rest, lr=config.lr, weight_decay=config.weight_decay)
+    }
+    if matrices:
+        optimizers["muon"] = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
+    return optimizers
+
+
+def rate_at(step: int, config: PretrainConfig) -> float:
+    """Learning-rate factor: a short linear warm-up, then constant, then linear to zero over the last `decay`."""
+    left = (config.steps - step) / (config.steps * config.decay) if config.decay else 1.0
+    return min(1.0, (step + 1) / WARMUP_STEPS, left)
+
+
+@torch.no_grad()
+def evaluate(model: TrajectoryModel, grid: GridConfig, episodes: int = 2048, seed: int = 0) -> dict[str, float]:
+    """Action NLL on fresh demonstrations beside the exact Bayes-optimal one, in nats per action."""
+    tasks = pretraining_tasks(grid)
+    demonstrations = demonstrate(grid, episodes, tasks, np.random.default_rng([seed, 2**31]))
+    batch = to_batch(grid, demonstrations)
+    nll = float(np.mean([losses(model, part)[0].item() for part in split(batch, 256)]))
+    bayes = float(bayes_filter(grid, demonstrations, tasks).nll[demonstrations.mask].mean())
+    return {"nll": nll, "bayes_nll": bayes, "bayes_gap_nats": nll - bayes}

@@ -1,0 +1,244 @@
+"""TrajectoryModel: observations in, actions out, around any Hugging Face backbone (paper, C.1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, Cache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
+
+from internalrl.base.encoders import ENCODERS, EncoderState
+
+
+class TrajectoryConfig(PretrainedConfig):
+    """Configuration of a `TrajectoryModel`.
+
+    Args:
+        encoder: "one-hot" (the paper's) or "planner" (learned shortest paths).
+        encoder_options: keyword arguments of the encoder, e.g. size, colors, walls.
+        actions: number of discrete actions.
+        backbone: configuration of any Hugging Face decoder as a dict with its `model_type`.
+        relative_buckets: buckets of the learned relative position bias that replaces the backbone's own
+            positions (paper: 32); 0 keeps the backbone's.
+        relative_distance: distance from which all steps share the last bucket.
+    """
+
+    model_type = "internalrl-trajectory"
+
+    def __init__(
+        self,
+        encoder: str = "planner",
+        encoder_options: dict[str, Any] | None = None,
+        actions: int = 4,
+        backbone: dict[str, Any] | None = None,
+        relative_buckets: int = 32,
+        relative_distance: int = 64,
+        **kwargs: Any,
+    ):
+        self.encoder = encoder
+        self.encoder_options = dict(encoder_options or {"size": 7, "colors": 8, "walls": 4})
+        self.actions = actions
+        self.backbone = dict(backbone or llama_backbone())
+        self.relative_buckets = relative_buckets
+        self.relative_distance = relative_distance
+        super().__init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.backbone["hidden_size"]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.backbone["num_hidden_layers"]
+
+
+def llama_backbone(layers: int = 4, width: int = 128, heads: int = 4, mlp: int = 192) -> dict[str, Any]:
+    """A Llama-style backbone configuration without a vocabulary of its own."""
+    return {
+        "model_type": "llama",
+        "vocab_size": 1,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        "hidden_act": "silu",
+    }
+
+
+@dataclass
+class TrajectoryOutput(ModelOutput):
+    """Action logits (B, T, actions), logits over the next observation's class (B, T, targets), and the cache."""
+
+    logits: Tensor | None = None
+    next_observation_logits: Tensor | None = None
+    past_key_values: TrajectoryCache | None = None
+
+
+class TrajectoryModel(PreTrainedModel):
+    """p(a_t, o_{t+1} | o_1:t). Inputs are observations only: actions are seen through their effect (C.1)."""
+
+    config_class = TrajectoryConfig
+    main_input_name = "observations"
+    _supports_sdpa = True
+
+    def __init__(self, config: TrajectoryConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.encoder = ENCODERS[config.encoder](width=width, **config.encoder_options)
+        options = dict(config.backbone)
+        self.backbone = AutoModel.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+        self.action_head = nn.Linear(width, config.actions)
+        self.observation_head = nn.Linear(width, self.encoder.target_size)
+        if config.relative_buckets:
+            self.relative_bias = nn.Embedding(config.relative_buckets, options["num_attention_heads"])
+            nn.init.zeros_(self.relative_bias.weight)
+        self.post_init()
+        for name, parameter in self.backbone.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(parameter)  # every block starts as the identity
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Submodules initialise themselves; nothing is initialised twice."""
+
+    def forward(
+        self,
+        observations: Tensor | None = None,
+        past_key_values: TrajectoryCache | None = None,
+        use_cache: bool = False,
+        segments: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> TrajectoryOutput:
+        """Predict actions and next observations.
+
+        Args:
+            observations: (B, T, observation_size); after padding on the right the padded steps are ignored by
+                the causal mask and must be dropped from the loss.
+            past_key_values: what a former call returned; the T steps continue it.
+            use_cache: return a cache to continue from.
+            segments: (B, past + T) segment number of every step so far. Steps then see nothing before their
+                own segment (used by consolidation); None lets them see the whole past.
+            inputs_embeds: (B, T, n_e) in place of observations, as in every Hugging Face model.
+        """
+        past = past_key_values.length if past_key_values is not None else 0
+        state = past_key_values.encoder if past_key_values is not None else None
+        if inputs_embeds is None:
+            inputs_embeds, state = self.encoder(observations, state, _segment_starts(segments, past))
+        cache = past_key_values
+        if use_cache and cache is None:
+            cache = TrajectoryCache(self.config.num_hidden_layers)
+        hidden = self.backbone(
+            inputs_embeds=inputs_embeds,
+            past_key_values=cache,
+            use_cache=use_cache,
+            **self._positions(inputs_embeds.shape[1], past, segments, inputs_embeds),
+        ).last_hidden_state
+        if cache is not None:
+            cache.encoder = state
+        return TrajectoryOutput(self.action_head(hidden), self.observation_head(hidden), cache)
+
+    def _positions(self, length: int, past: int, segments: Tensor | None, like: Tensor) -> dict[str, Tensor]:
+        if not self.config.relative_buckets:
+            if segments is not None:
+                raise ValueError(
+                    "segments need a backbone with relative_buckets > 0, so that attention is masked here."
+                )
+            return {}
+        query = torch.arange(past, past + length, device=like.device)[:, None]
+        distance = query - torch.arange(past + length, device=like.device)
+        bucket = relative_bucket(
+            distance.clamp(min=0), self.config.relative_buckets, self.config.relative_distance
+        )
+        bias = self.relative_bias(bucket).permute(2, 0, 1)[None]  # (1, heads, T, past + T)
+        hidden = (distance < 0)[None, None]
+        if segments is not None:
+            hidden = hidden | (segments[:, past:, None] != segments[:, None, :])[:, None]
+        # position 0 everywhere makes rotary embeddings the identity: the bias is the only notion of time
+        zeros = torch.zeros(1, length, dtype=torch.long, device=like.device)
+        return {
+            "attention_mask": bias.masked_fill(hidden, torch.finfo(bias.dtype).min),
+            "position_ids": zeros,
+        }
+
+
+def _segment_starts(segments: Tensor | None, past: int) -> Tensor | None:
+    """(B, T) bool: the steps after `past` that begin a segment."""
+    if segments is None:
+        return None
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return starts[:, past:]
+
+
+def relative_bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
+    """Bucket of each causal distance: half exact, half logarithmic up to `max_distance`, then shared."""
+    exact = buckets // 2
+    scale = (buckets - exact) / math.log(max_distance / exact)
+    far = exact + (torch.log(distance.clamp(min=exact).float() / exact) * scale).long()
+    return torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+
+
+class _PreallocatedLayer(DynamicLayer):
+    """Keys and values written in place into a buffer that doubles, instead of concatenated at every step."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.used = 0
+            self.buffer = key_states.new_empty(2, *key_states.shape[:2], 0, key_states.shape[-1])
+        end = self.used + key_states.shape[-2]
+        if end > self.buffer.shape[-2]:
+            grown = self.buffer.new_empty(
+                *self.buffer.shape[:-2], max(2 * self.used, end, 16), self.buffer.shape[-1]
+            )
+            grown[..., : self.used, :] = self.buffer[..., : self.used, :]
+            self.buffer = grown
+        self.buffer[0, :, :, self.used : end] = key_states
+        self.buffer[1, :, :, self.used : end] = value_states
+        self.used = end
+        self.keys, self.values = self.buffer[0, :, :, :end], self.buffer[1, :, :, :end]
+        return self.keys, self.values
+
+    def overwrite_last(self, rows: Tensor, other: _PreallocatedLayer) -> None:
+        """Replace the last step of `rows` by the last step of `other`, whose batch is those rows."""
+        self.buffer[:, rows, :, self.used - 1] = other.buffer[:, :, :, other.used - 1]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self.buffer = self.buffer[:, indices]
+            self.keys, self.values = self.buffer[0, :, :, : self.used], self.buffer[1, :, :, : self.used]
+
+
+class TrajectoryCache(Cache):
+    """Keys, values and encoder state of a batch of trajectories; `select` drops finished rows."""
+
+    def __init__(self, layers: int):
+        super().__init__(layers=[_PreallocatedLayer() for _ in range(layers)])
+        self.encoder: EncoderState | None = None
+
+    @property
+    def length(self) -> int:
+        return self.get_seq_length()
+
+    def overwrite_last(self, rows: Tensor, other: TrajectoryCache) -> None:
+        """Replace the last step of `rows` (index tensor) by that of `other`, a cache of just those rows."""
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            layer.overwrite_last(rows, source)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only `rows` (an index tensor) of the batch."""
+        self.batch_select_indices(rows)
+        if self.encoder is not None:
+            self.encoder = self.encoder.select(rows)
+
+
+AutoConfig.register(TrajectoryConfig.model_type, TrajectoryConfig)
+AutoModel.register(TrajectoryConfig, TrajectoryModel)

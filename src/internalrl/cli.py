@@ -1,0 +1,272 @@
+"""The command line: `internalrl SUBCOMMAND [options]`.
+
+Subcommands name their function and config as "module:attribute"; both are imported only when needed, so that
+`--help` is instant. A stage is a function `main(config, run: RunFolder) -> dict`; the dict is its summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from internalrl.errors import InternalRLError
+
+if TYPE_CHECKING:
+    from internalrl.config import ReadOptions, RunOptions
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """Where a subcommand's stage function and config dataclass are, and what it does."""
+
+    target: str
+    config: str
+    help: str
+    reads: bool = False
+    """True: it reads a run folder given as its argument; False: it makes a new one (`--run`)."""
+
+
+SUBCOMMANDS: dict[str, Subcommand] = {
+    "pretrain": Subcommand(
+        "internalrl.base.pretrain:main",
+        "internalrl.stages:PretrainConfig",
+        "stage 1: train the base model on demonstrations",
+    ),
+    "discover": Subcommand(
+        "internalrl.discovery.train:main",
+        "internalrl.stages:DiscoverConfig",
+        "stage 2: find codes and switches in the frozen base, then consolidate",
+    ),
+    "reinforce": Subcommand(
+        "internalrl.internal_rl.train:main",
+        "internalrl.stages:ReinforceConfig",
+        "stage 3: reinforcement learning on the codes",
+    ),
+    "evaluate": Subcommand(
+        "internalrl.analysis.evaluate:main",
+        "internalrl.stages:EvaluateConfig",
+        "success of a run's model on any task",
+        reads=True,
+    ),
+    "report": Subcommand(
+        "internalrl.analysis.report:main",
+        "internalrl.stages:ReportConfig",
+        "write a run's report.html, one offline file",
+        reads=True,
+    ),
+    "demo": Subcommand(
+        "internalrl.analysis.demo:main",
+        "internalrl.stages:DemoConfig",
+        "all three stages on the grid world, then the report",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command line: the subcommand's name, its stage config and its options."""
+
+    name: str
+    config: Any
+    options: RunOptions | ReadOptions
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0, 2 for a mistake in the input, 130 when interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if argv[0] == "--version":
+        from internalrl import __version__
+
+        print(f"internalrl {__version__}")
+        return 0
+    command = None
+    try:
+        command = parse(argv)
+        _print_summary(command, _run(command))
+    except KeyboardInterrupt:
+        hint = ""
+        if command and not SUBCOMMANDS[command.name].reads:
+            hint = f" Continue with: internalrl {command.name} --run {command.options.run} --resume"
+        print(f"\nInterrupted.{hint}", file=sys.stderr)
+        return 130
+    except (InternalRLError, ValueError) as error:
+        if os.environ.get("INTERNALRL_TRACEBACK"):
+            raise
+        print(f"internalrl: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Parse a command line without running it; raises InternalRLError or ValueError with one sentence."""
+    name = argv[0]
+    if name not in SUBCOMMANDS:
+        close = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(SUBCOMMANDS)}."
+        raise InternalRLError(f"{name!r} is no subcommand; {hint}")
+    import tyro
+
+    from internalrl.config import ReadOptions, RunOptions
+
+    subcommand = SUBCOMMANDS[name]
+    config_type = _load(subcommand.config)
+    config, seed = _starting_point(name, config_type, argv[1:])
+    options = ReadOptions(seed=seed) if subcommand.reads else RunOptions(seed=seed, run=Path("runs") / name)
+    # One flat set of options from two dataclasses. A config's switches also have a --no- form: a resumed
+    # run's stored values are the defaults, and the command line it was started with must still parse.
+    flat, plain_switches = tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff
+    both: Any = tuple[Annotated[config_type, flat], Annotated[type(options), flat, plain_switches]]  # type: ignore[valid-type,misc]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config, options = tyro.cli(
+                both,
+                prog=f"internalrl {name}",
+                description=subcommand.help,
+                args=argv[1:],
+                default=(config, options),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            raise
+        raise InternalRLError(f"{_sentence(complaint.getvalue())}; see internalrl {name} --help.") from None
+    return Command(name, config, options)
+
+
+def _starting_point(name: str, config_type: type, argv: Sequence[str]) -> tuple[Any, int]:
+    """The config and seed under the command line's own values: defaults or stored run, preset, YAML."""
+    from internalrl.config import PRESETS
+    from internalrl.configio import from_dict, load_yaml
+    from internalrl.runlog import read_run
+
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--config", "--preset", "--run"):
+        early.add_argument(option, nargs="?")
+    early.add_argument("--resume", action="store_true")
+    given, _ = early.parse_known_args(argv)
+
+    config: Any = from_dict(config_type, {})
+    seed = 0
+    run = Path(given.run or Path("runs") / name)
+    if given.resume and (run / "config.json").exists():
+        stored = read_run(run)
+        config, seed = from_dict(config_type, stored["config"], where=f"{run}/config.json"), stored["seed"]
+    if given.preset is not None:
+        if name not in PRESETS.get(given.preset, {}):
+            known = ", ".join(known for known, stages in PRESETS.items() if name in stages)
+            raise InternalRLError(f"{name} has no preset {given.preset!r}; known are: {known or 'none'}.")
+        preset = PRESETS[given.preset][name]
+        config = from_dict(config_type, preset, base=config, where=f"preset {given.preset}")
+    if given.config is not None:
+        config = from_dict(config_type, load_yaml(given.config), base=config, where=given.config)
+    return config, seed
+
+
+def _run(command: Command) -> dict[str, Any]:
+    subcommand, options = SUBCOMMANDS[command.name], command.options
+    if options.threads:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    stage = _load(subcommand.target)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(options.seed)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+
+    from internalrl.config import RunOptions
+    from internalrl.configio import to_dict
+    from internalrl.files import jsonable
+    from internalrl.runlog import RunFolder
+
+    if isinstance(options, RunOptions):
+        run = RunFolder.create(
+            options.run,
+            to_dict(command.config),
+            seed=options.seed,
+            resume=options.resume,
+            overwrite=options.overwrite,
+        )
+    else:
+        run = RunFolder.open(options.run, options.seed)
+    # With --json stdout belongs to the result alone.
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        summary: dict[str, Any] = jsonable(stage(command.config, run))
+    if not subcommand.reads:
+        run.write_json("summary.json", summary)
+    return summary
+
+
+def _load(name: str) -> Any:
+    module, attribute = name.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _print_summary(command: Command, summary: Mapping[str, Any]) -> None:
+    if command.options.json:
+        print(json.dumps(summary))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{command.name}: {command.options.run}", show_header=False)
+    for key, value in _flat(summary):
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _sentence(box: str) -> str:
+    """The first paragraph of tyro's framed message, and the option it suggests."""
+    framed = "╭" in box  # on a terminal without UTF-8 the title is a paragraph of its own instead
+    paragraphs: list[list[str]] = [[]]
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
+        text = line.strip("│ ")
+        if text and not text.strip("─-"):
+            paragraphs.append([])
+        elif not text.startswith(("╭", "╰")):
+            paragraphs[-1].append(text)
+    first, *others = paragraphs if framed else paragraphs[1:] or paragraphs
+    # tyro numbers the two dataclasses that the options are made from; a reader knows only the option's name.
+    message = re.sub(r"Error parsing \d+\.", "Error parsing --", " ".join(first)).rstrip(". ")
+    similar = [text.split()[0] for paragraph in others for text in paragraph if text.startswith("--")]
+    return f"{message}; did you mean {similar[0]}" if "Unrecognized" in message and similar else message
+
+
+def _usage() -> str:
+    width = max(map(len, SUBCOMMANDS))
+    return "\n".join(
+        [
+            "usage: internalrl SUBCOMMAND [options]",
+            "",
+            "Discover temporally abstract actions inside a sequence model, and reinforce them.",
+            "",
+            *(f"  {name:{width}}  {subcommand.help}" for name, subcommand in SUBCOMMANDS.items()),
+            "",
+            "`internalrl SUBCOMMAND --help` lists its options; `internalrl --version` prints the version.",
+            "A mistake prints one line and exits with 2; INTERNALRL_TRACEBACK=1 shows where it arose.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Stage 2b, consolidation: distil forgetting into the controller, so that a code means the same in every context.
+
+The corpus shows only some transitions between subgoals, so a discovered code is read relative to what the base
+believes possible, and fails where the base has never gone. With the context cut at the last switch the same code
+works everywhere. So the steered model with a cut context is the teacher, and the steered model with its full
+context the student: same codes, same frozen base, no labels and no reward. This step goes beyond the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from internalrl.metacontroller.steered import SteeredModel
+
+
+@dataclass
+class Lesson:
+    """What the teacher did on one batch of its own episodes.
+
+    residual (B, T, n_e) with the full context; code (B, T, n_z), switch (B, T) and action logits (B, T, A) with the
+    cut one; mask (B, T).
+    """
+
+    residual: Tensor
+    code: Tensor
+    switch: Tensor
+    logits: Tensor
+    mask: Tensor
+
+
+def consolidation_loss(steered: SteeredModel, lesson: Lesson, switch_coef: float) -> tuple[Tensor, dict[str, float]]:
+    """KL(teacher ‖ student) of the actions + `switch_coef` · cross-entropy of the teacher's switches, per step."""
+    meta = steered.metacontroller
+    x = meta.read(lesson.residual)
+    segments = meta.hold(x, meta.summarise(x), lesson.code, lesson.switch)
+    student = F.log_softmax(steered(lesson.residual, segments.code)[lesson.mask], -1)
+    teacher = F.log_softmax(lesson.logits[lesson.mask], -1)
+    kl = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    decided = lesson.mask.clone()
+    decided[:, 0] = False  # the first step always opens a segment
+    bce = F.binary_cross_entropy_with_logits(segments.logit[decided], lesson.switch[decided].float())
+    return kl + switch_coef * bce, {"kl": float(kl.detach()), "switch_loss": float(bce.detach())}

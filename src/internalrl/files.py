@@ -1,0 +1,66 @@
+"""Writing files whole or not at all, and values as JSON."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from internalrl.errors import InternalRLError
+
+PARTIAL = ".partial-"
+"""How names of files still being written begin; one that a kill left behind means nothing."""
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` through a temporary file beside it: the old or the new content, never a part.
+
+    A full disk raises InternalRLError, removes the temporary file and leaves the older file as it was.
+    """
+    path = Path(path)
+    with write_errors(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide results from a group
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def write_errors(path: str | Path) -> Iterator[None]:
+    """Turn an OSError raised inside, such as a full disk, into one sentence that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = "the disk is full; free some space, then continue with --resume"
+        else:
+            why = f"{error.strerror or error}; check the path and its permissions"
+        raise InternalRLError(f"Cannot write {path}: {why}.") from error
+
+
+def jsonable(value: Any) -> Any:
+    """`value` in JSON's types: arrays and tensors become lists or numbers, tuples lists, paths strings.
+
+    NaN and infinities become None, as JSON knows none of them.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

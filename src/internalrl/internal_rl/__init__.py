@@ -1,0 +1,1 @@
+"""Stage 3: internal RL, reinforcement learning on the codes."""

@@ -1,0 +1,22 @@
+"""The objective of internal RL: PPO's clipped surrogate with one outcome reward per episode (paper, C.5, Alg 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def advantages(reward: Tensor) -> Tensor:
+    """(R − mean R) / (std R + 1e-3) over the batch (N,): no critic."""
+    return (reward - reward.mean()) / (reward.std(correction=0) + 1e-3)
+
+
+def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, mask: Tensor, clip: float) -> Tensor:
+    """−E[min(ρ A, clip(ρ, 1 ± clip) A)] over the real decisions.
+
+    log_prob, old_log_prob, mask: (N, S); advantage: (N,), shared by all decisions of an episode.
+    """
+    ratio = (log_prob - old_log_prob).exp()
+    advantage = advantage[:, None]
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return -(surrogate * mask).sum() / mask.sum()

@@ -1,0 +1,71 @@
+"""The causal abstract-action policy π(z | e_1:t): a GRU that advances at switches, a Gaussian over codes (paper, C.5)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+
+class Policy(nn.Module):
+    """N(mean(e at switches so far), std²); the std is learned and does not depend on the state.
+
+    Args:
+        width: n_e of the residual it reads; n_z: size of a code; hidden: width of the recurrent layer.
+        initial_std: standard deviation of the first codes.
+    """
+
+    def __init__(self, width: int, n_z: int, hidden: int, initial_std: float):
+        super().__init__()
+        self.recurrent = nn.GRU(width, hidden, batch_first=True)
+        self.mean = nn.Linear(hidden, n_z)
+        self.log_std = nn.Parameter(torch.full((n_z,), math.log(initial_std)))
+        with torch.no_grad():
+            self.mean.weight *= 0.1
+            self.mean.bias.zero_()
+
+    def forward(self, x: Tensor) -> torch.distributions.Normal:
+        """Distribution of the codes (B, S, n_z) at the S switches that read x (B, S, n_e)."""
+        hidden, _ = self.recurrent(x)
+        return torch.distributions.Normal(self.mean(hidden), self.log_std.exp(), validate_args=False)
+
+    def log_prob(self, x: Tensor, code: Tensor) -> Tensor:
+        """log π(code | x), (B, S)."""
+        return self(x).log_prob(code).sum(-1)
+
+
+class PolicyActor:
+    """Proposes codes for one batch of episodes and remembers what it saw and chose.
+
+    Args:
+        policy: it is not changed.
+        episodes: number of rows of the batch.
+        deterministic: propose the mean instead of a sample.
+    """
+
+    def __init__(self, policy: Policy, episodes: int, generator: torch.Generator, deterministic: bool = False):
+        self.policy, self.generator, self.deterministic = policy, generator, deterministic
+        self.hidden = torch.zeros(episodes, policy.recurrent.hidden_size)
+        self.events: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def __call__(self, rows: Tensor, x: Tensor) -> Tensor:
+        g = self.policy.recurrent
+        hidden = torch.gru_cell(x, self.hidden[rows], g.weight_ih_l0, g.weight_hh_l0, g.bias_ih_l0, g.bias_hh_l0)
+        self.hidden[rows] = hidden
+        code = self.policy.mean(hidden)
+        if not self.deterministic:
+            code = code + self.policy.log_std.exp() * torch.randn(code.shape, generator=self.generator)
+        self.events.append((rows, x, code))
+        return code
+
+    def segments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What was read (N, S, n_e), the codes chosen (N, S, n_z) and the mask (N, S) of real switches."""
+        rows, x, code = (torch.cat(parts) for parts in zip(*self.events, strict=True))
+        order = torch.argsort(rows, stable=True)  # events are in order of time within each episode
+        counts = torch.bincount(rows, minlength=len(self.hidden)).tolist()
+        x, code = (pad_sequence(list(v[order].split(counts)), batch_first=True) for v in (x, code))
+        return x, code, torch.arange(x.shape[1]) < torch.tensor(counts)[:, None]

@@ -1,0 +1,1 @@
+"""The method: the metacontroller's equations, the steered model and its adapters."""

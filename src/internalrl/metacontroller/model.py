@@ -1,0 +1,215 @@
+"""Metacontroller: every equation of the method (arXiv 2512.20605, Eq 11–18 and appendix E), in one file.
+
+Departures from the paper, each measured in docs/log.md: the residual is normalised before the metacontroller
+reads it (the controller still acts on the raw residual); the first step always opens a segment; the controller
+is quadratic in the features of the code, so that U is never built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from internalrl.stages import MetacontrollerConfig
+
+SwitchMode = Literal["soft", "gumbel", "straight-through", "hard"]
+
+
+@dataclass
+class Proposals:
+    """Diagonal Gaussians over codes, `mean` and `std` (B, T, n_z), and a `sample` of them."""
+
+    mean: Tensor
+    std: Tensor
+    sample: Tensor
+
+    def kl(self) -> Tensor:
+        """KL(N(mean, std²) ‖ N(0, I)) in nats, (B, T)."""
+        return 0.5 * (self.mean**2 + self.std**2 - 1 - 2 * self.std.log()).sum(-1)
+
+
+@dataclass
+class Segmentation:
+    """What the switch made of a sequence: `code` (B, T, n_z), `switch` β (B, T) and its `logit` (B, T)."""
+
+    code: Tensor
+    switch: Tensor
+    logit: Tensor
+
+
+@dataclass
+class MetacontrollerState:
+    """State of one decoding batch: `history` (B, n_h), `code` (B, n_z), `started` (B,) False before the first step."""
+
+    history: Tensor
+    code: Tensor
+    started: Tensor
+
+    def select(self, rows: Tensor) -> MetacontrollerState:
+        return MetacontrollerState(self.history[rows], self.code[rows], self.started[rows])
+
+
+class Metacontroller(nn.Module):
+    """Reads the residual stream e (B, T, n_e), decides when to switch to a new code, and steers with the code.
+
+    Args:
+        config: sizes; see `MetacontrollerConfig`.
+        width: n_e, the width of the residual stream.
+    """
+
+    def __init__(self, config: MetacontrollerConfig, width: int):
+        super().__init__()
+        self.config, self.width = config, width
+        # f_enc and the summaries it reads: history h_t of e_1:t, sequence embedding s_t of e_t:T [Eq 12-15]
+        self.history = nn.GRU(width, config.n_h, batch_first=True)
+        self.future = nn.GRU(width, config.n_s, batch_first=True)
+        self.encoder = nn.Sequential(
+            nn.Linear(width + config.n_h + config.n_s, config.encoder_hidden),
+            nn.ReLU(),
+            nn.Linear(config.encoder_hidden, 2 * config.n_z),
+        )
+        # f_switch(e_t, h_{t-1}, z_{t-1}) [Eq 16]
+        self.switch_context = nn.Linear(width + config.n_h, config.switch_hidden)
+        self.switch_code = nn.Linear(config.n_z, config.switch_hidden, bias=False)
+        self.switch_head = nn.Linear(config.switch_hidden, 1)
+        # f_hyp: U(z) = up(f) · down(f) with f = [relu(W z + b), 1], both factors linear in f [Eq 17]
+        self.features = nn.Linear(config.n_z, config.controller_hidden)
+        k = config.controller_hidden + 1
+        self.down = nn.Parameter(config.controller_init * torch.randn(width, config.rank * k))
+        self.up = nn.Parameter(config.controller_init * torch.randn(config.rank * k, width))
+        with torch.no_grad():  # codes that differ from the start: small ones collapse onto the prior
+            self.encoder[-1].weight[: config.n_z] *= config.encoder_gain
+        self.reset_switch()
+
+    def reset_switch(self) -> None:
+        """Make the switch ignorant: the same small probability at every step."""
+        nn.init.zeros_(self.switch_head.weight)
+        nn.init.constant_(self.switch_head.bias, self.config.switch_bias)
+
+    def parameters_of(self, *parts: str) -> list[nn.Parameter]:
+        """Parameters of the named parts: "history", "encoder", "switch", "controller"."""
+        prefixes = {
+            "history": ("history",),
+            "encoder": ("encoder", "future"),
+            "switch": ("switch",),
+            "controller": ("features", "down", "up"),
+        }
+        wanted = tuple(prefix for part in parts for prefix in prefixes[part])
+        return [parameter for name, parameter in self.named_parameters() if name.startswith(wanted)]
+
+    # -- what it reads ------------------------------------------------------------------------------------
+
+    def read(self, residual: Tensor) -> Tensor:
+        """The residual as the metacontroller's networks see it: unit scale, any depth (…, n_e)."""
+        return F.layer_norm(residual, (self.width,))
+
+    def summarise(self, x: Tensor) -> Tensor:
+        """h_{t-1} for every t: (B, T, n_h), zero at the first step."""
+        history, _ = self.history(x)
+        return F.pad(history[:, :-1], (0, 0, 1, 0))
+
+    def propose(self, x: Tensor, before: Tensor, mask: Tensor) -> Proposals:
+        """Acausal posterior over codes at every step [Eq 12–15].
+
+        Args:
+            x: (B, T, n_e) from `read`; before: (B, T, n_h) from `summarise`; mask: (B, T), True at real steps.
+        """
+        length = mask.sum(1, keepdim=True)
+        steps = torch.arange(x.shape[1], device=x.device)
+        backwards = torch.where(steps < length, length - 1 - steps, steps)[..., None]
+        reversed_x = x.gather(1, backwards.expand_as(x))
+        future, _ = self.future(reversed_x)
+        future = future.gather(1, backwards.expand_as(future))
+        mean, log_std = self.encoder(torch.cat([x, before, future], -1)).chunk(2, -1)
+        std = log_std.clamp(-5, 2).exp()
+        return Proposals(mean, std, mean + std * torch.randn_like(std))
+
+    # -- when it switches ---------------------------------------------------------------------------------
+
+    def switch_logit(self, context: Tensor, code: Tensor) -> Tensor:
+        """Logit of β from the context part of its first layer (…, switch_hidden) and the code held so far."""
+        return self.switch_head(F.relu(context + self.switch_code(code))).squeeze(-1)
+
+    def segment(
+        self, x: Tensor, before: Tensor, proposal: Tensor, mode: SwitchMode, temperature: float = 1.0
+    ) -> Segmentation:
+        """Temporal integration z_t = β_t z̃_t + (1 − β_t) z_{t−1}, with β_1 = 1 [Eq 16].
+
+        β is sigmoid(logit) ("soft"), a Gumbel-sigmoid sample ("gumbel"), a Bernoulli sample with the sigmoid's
+        gradient ("straight-through"), or logit > 0 ("hard").
+        """
+        context = self.switch_context(torch.cat([x, before], -1))
+        noise = torch.zeros_like(context[..., 0])
+        if mode in ("gumbel", "straight-through"):
+            uniform = torch.rand_like(noise).clamp(1e-6, 1 - 1e-6)
+            noise = uniform.log() - (-uniform).log1p()  # logistic noise
+        codes, switches, logits = [proposal[:, 0]], [torch.ones_like(noise[:, 0])], []
+        logits.append(self.switch_logit(context[:, 0], torch.zeros_like(proposal[:, 0])))
+        for t in range(1, x.shape[1]):
+            logit = self.switch_logit(context[:, t], codes[-1])
+            switch = gate(logit, noise[:, t], mode, temperature)
+            codes.append(torch.lerp(codes[-1], proposal[:, t], switch[:, None]))
+            switches.append(switch)
+            logits.append(logit)
+        return Segmentation(torch.stack(codes, 1), torch.stack(switches, 1), torch.stack(logits, 1))
+
+    def hold(self, x: Tensor, before: Tensor, proposal: Tensor, switch: Tensor) -> Segmentation:
+        """`segment` for a switch that is given, (B, T) of zeros and ones: no loop over time is needed."""
+        steps = torch.arange(x.shape[1], device=x.device).expand_as(switch)
+        opened = torch.where(switch > 0.5, steps, 0).cummax(1).values[..., None].expand_as(proposal)
+        code = proposal.gather(1, opened)
+        context = self.switch_context(torch.cat([x, before], -1))
+        previous = F.pad(code[:, :-1], (0, 0, 1, 0))
+        return Segmentation(code, switch, self.switch_logit(context, previous))
+
+    # -- how it steers ------------------------------------------------------------------------------------
+
+    def control(self, residual: Tensor, code: Tensor) -> Tensor:
+        """Write-back e + U(z) e with U = up · down of rank r; no (n_e, n_e) matrix is built [Eq 17, 18].
+
+        Args:
+            residual: (…, n_e); code: (…, n_z). Returns (…, n_e).
+        """
+        f = F.pad(F.relu(self.features(code)), (0, 1), value=1.0).to(residual.dtype)
+        inner = (residual @ self.down).unflatten(-1, (self.config.rank, -1))
+        inner = torch.einsum("...rk,...k->...r", inner, f)
+        return residual + torch.einsum("...r,...k->...rk", inner, f).flatten(-2) @ self.up
+
+    # -- one step at a time -------------------------------------------------------------------------------
+
+    def start(self, batch: int, device: torch.device | str = "cpu") -> MetacontrollerState:
+        """State before the first step of `batch` sequences."""
+        return MetacontrollerState(
+            torch.zeros(batch, self.config.n_h, device=device),
+            torch.zeros(batch, self.config.n_z, device=device),
+            torch.zeros(batch, dtype=torch.bool, device=device),
+        )
+
+    def advance(self, x: Tensor, state: MetacontrollerState) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of the switch: β (B,) bool, its logit (B,) and the history that includes this step.
+
+        Args:
+            x: (B, n_e) from `read`. The caller puts new codes into the rows that switch.
+        """
+        context = self.switch_context(torch.cat([x, state.history], -1))
+        logit = self.switch_logit(context, state.code)
+        g = self.history
+        history = torch.gru_cell(x, state.history, g.weight_ih_l0, g.weight_hh_l0, g.bias_ih_l0, g.bias_hh_l0)
+        return (logit > 0) | ~state.started, logit, history
+
+
+def gate(logit: Tensor, noise: Tensor, mode: SwitchMode, temperature: float = 1.0) -> Tensor:
+    """β from its logit and logistic noise, both (…); see `Metacontroller.segment`."""
+    if mode == "soft":
+        return torch.sigmoid(logit)
+    if mode == "gumbel":
+        return torch.sigmoid((logit + noise) / temperature)
+    hard = (logit + noise > 0).to(logit.dtype)
+    if mode == "hard":
+        return hard
+    probability = torch.sigmoid(logit / temperature)
+    return hard + probability - probability.detach()

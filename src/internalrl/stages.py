@@ -1,0 +1,144 @@
+"""Settings of the three stages: a dataclass each, a docstring per field; the command line is made from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from internalrl.domains.grid_layouts import GridConfig
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The base model: a trajectory model on a Llama-style backbone."""
+
+    encoder: Literal["planner", "one-hot"] = "planner"
+    """Observation encoder: learned shortest paths, or the paper's one-hot path."""
+    layers: int = 4
+    """Decoder blocks L."""
+    width: int = 128
+    """Residual width n_e."""
+    heads: int = 4
+    """Attention heads."""
+    mlp: int = 192
+    """Hidden width of the gated MLP."""
+    relative_buckets: int = 32
+    """Buckets of the relative position bias."""
+    relative_distance: int = 64
+    """Distance from which all steps share the last bucket."""
+
+
+@dataclass(frozen=True)
+class MetacontrollerConfig:
+    """Sizes of the metacontroller (paper, C.4)."""
+
+    layer: int | Literal["middle"] = "middle"
+    """Number of blocks below the tap."""
+    n_z: int = 8
+    """Size of a code."""
+    n_h: int = 32
+    """Size of the history."""
+    n_s: int = 32
+    """Size of the sequence embedding."""
+    encoder_hidden: int = 64
+    """Hidden width of the encoder."""
+    switch_hidden: int = 32
+    """Hidden width of the switch."""
+    controller_hidden: int = 32
+    """Hidden width of the hypernetwork that turns a code into a controller."""
+    rank: int = 16
+    """Rank of the controller."""
+    controller_init: float = 0.03
+    """Standard deviation of the controller's factors at the start."""
+    encoder_gain: float = 6.0
+    """Factor on the encoder's output weights at the start: codes that differ from the beginning survive the KL."""
+    switch_bias: float = -1.5
+    """Logit of an ignorant switch."""
+
+
+@dataclass(frozen=True)
+class DiscoverConfig:
+    """Stage 2: discovery of abstract actions (paper, C.4), and the schedule that makes aligned switching reliable."""
+
+    steps: int = 800
+    """Optimiser steps."""
+    batch_size: int = 128
+    """Episodes per step."""
+    batches: int = 300
+    """Batches whose lower-half residuals are computed once and then reused."""
+    lr: float = 3e-3
+    """AdamW learning rate."""
+    weight_decay: float = 0.03
+    """AdamW weight decay."""
+    crop: float = 0.7
+    """Probability that an episode begins at a visit to a coloured cell, so that codes depend less on context."""
+    switch: Literal["soft", "gumbel", "straight-through"] = "gumbel"
+    """How β is computed from its logit while training."""
+    kl: Literal["switch-weighted", "every-step"] = "switch-weighted"
+    """KL counted where a code is adopted (the exact ELBO, E.1) or at every step (the paper's loss, C.4)."""
+    kl_coef: float = 0.15
+    """Final α, in units of nats of action NLL per nat of KL."""
+    kl_coef_start: float = 0.003
+    """α until codes have formed."""
+    kl_anneal_steps: int = 250
+    """Steps of the geometric rise of α after the warm-up."""
+    switch_cost: float = 0.15
+    """Nats charged per switch."""
+    warmup_steps: int = 350
+    """Steps with random switches, so that codes learn to persist before the switch is learned."""
+    warmup_switch: float = 0.25
+    """Probability of a random switch."""
+    temperature_end: float = 0.5
+    """Final temperature of the Gumbel-sigmoid; it starts at 1."""
+
+
+@dataclass(frozen=True)
+class ReinforceConfig:
+    """Stage 3: internal RL (paper, C.5)."""
+
+    episodes: int = 300_000
+    """Most episodes."""
+    batch_size: int = 1024
+    """Episodes per iteration N."""
+    lr: float = 4e-3
+    """Adam learning rate."""
+    epochs: int = 6
+    """Passes over each batch of segments."""
+    clip_coef: float = 0.2
+    """Clip of the probability ratio."""
+    initial_std: float = 1.22
+    """Standard deviation of the policy's codes at the start; wider than the prior."""
+    policy_hidden: int = 64
+    """Width of the policy's recurrent layer."""
+    temperature: float = 0.0
+    """Temperature of the base model's actions; 0 is greedy."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Stage 1: pretraining the base model on demonstrations (paper, C.1)."""
+
+    grid: GridConfig = field(default_factory=GridConfig)
+    """The grid world."""
+    base: BaseConfig = field(default_factory=BaseConfig)
+    """The base model."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 128
+    """Episodes per step."""
+    observation_coef: float = 0.01
+    """Weight λ of the next-observation loss."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """Muon on the backbone's matrices and AdamW on the rest, or the paper's AdamW on all."""
+    lr: float = 3e-3
+    """AdamW learning rate."""
+    muon_lr: float = 0.02
+    """Muon learning rate."""
+    weight_decay: float = 0.1
+    """Weight decay of both."""
+    decay: float = 0.6
+    """Last fraction of the steps over which the learning rate falls to zero; 0 keeps it constant."""
+    crop: float = 0.0
+    """Probability that an episode is cut to begin at a visit to a coloured cell."""
+    noise: float = 0.0
+    """The expert's noise ε."""
