@@ -22,19 +22,28 @@ def write_atomic(path: str | Path, data: bytes) -> None:
 
     A full disk raises InternalRLError, removes the temporary file and leaves the older file as it was.
     """
-    path = Path(path)
-    with write_errors(path):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide results from a group
-            os.replace(temporary, path)
-        except BaseException:
+    write_together({Path(path): data})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """`write_atomic` for files that belong together: no older one is replaced before all are on the disk."""
+    ready: dict[Path, str] = {}
+    try:
+        for path, data in contents.items():
+            with write_errors(path):
+                handle, ready[path] = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.chmod(ready[path], 0o644)  # mkstemp's 0600 would hide results from a group
+        for path, temporary in ready.items():
+            with write_errors(path):
+                os.replace(temporary, path)
+    except BaseException:
+        for temporary in ready.values():
             Path(temporary).unlink(missing_ok=True)
-            raise
+        raise
 
 
 @contextmanager

@@ -142,3 +142,21 @@ class PretrainConfig:
     """Probability that an episode is cut to begin at a visit to a coloured cell."""
     noise: float = 0.0
     """The expert's noise ε."""
+
+
+@dataclass(frozen=True)
+class ConsolidateConfig:
+    """Stage 2b: consolidation, which makes a code mean the same in every context."""
+
+    enabled: bool = True
+    """Off: the paper's discovery alone."""
+    episodes: int = 6144
+    """Reward-free episodes that the teacher plays; they count towards internal RL's episodes."""
+    steps: int = 600
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Episodes per step."""
+    lr: float = 2e-3
+    """AdamW learning rate; it falls linearly to zero over the second half."""
+    switch_coef: float = 0.3
+    """Weight of imitating the teacher's switches."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,12 +16,11 @@ Steer = Callable[[Tensor], Tensor]
 
 
 class _Stop(Exception):  # noqa: N818 (it ends a forward pass early, which is no error)
-    def __init__(self, residual: Tensor):
-        self.residual = residual
+    pass
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder blocks of any Hugging Face model: its longest ModuleList of equally many blocks."""
+    """The list of decoder blocks of any Hugging Face model: its first ModuleList as long as it is deep."""
     depth = getattr(model.config, "num_hidden_layers", None)
     for _, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -39,23 +39,29 @@ class ResidualTap:
         layer: number of blocks below the tap, 1 to depth − 1; "middle" is depth // 2.
 
     Raises:
-        InternalRLError: no block list was found, or `layer` is out of range.
+        InternalRLError: no block list was found, or `layer` is out of range; later, when a forward pass runs
+            past the tap, as one does that torch.compile compiled before the tap was opened.
     """
 
     def __init__(self, model: PreTrainedModel, layer: int | str = "middle"):
         self.blocks = find_blocks(model)
         depth = len(self.blocks)
-        self.layer = depth // 2 if layer == "middle" else int(layer)
-        if not 1 <= self.layer <= depth - 1:
+        chosen = depth // 2 if layer == "middle" else layer
+        if not isinstance(chosen, int) or not 1 <= chosen <= depth - 1:
             raise InternalRLError(
                 f"layer is {layer}, but this model has {depth} blocks: choose 1 to {depth - 1}, or 'middle'."
             )
+        self.layer = chosen
+        self._outputs: int | None = None  # how many values a block returns in a tuple; 0 is a bare tensor
 
     @contextmanager
     def steering(self, steer: Steer) -> Iterator[None]:
         """While open, every forward pass continues from `steer(e)` in place of e (B, T, n_e)."""
+        reached = False
 
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            nonlocal reached
+            reached = True
             if isinstance(output, tuple):
                 return (steer(output[0]), *output[1:])
             return steer(output)
@@ -65,26 +71,41 @@ class ResidualTap:
             yield
         finally:
             handle.remove()
+        if not reached:
+            raise InternalRLError(
+                f"The forward pass never reached the tap after block {self.layer}: it ran another model, or "
+                "one that torch.compile compiled without the tap; call the tapped model itself, uncompiled."
+            )
 
     def read(self, model: nn.Module, **inputs: Any) -> Tensor:
         """The residual stream (B, T, n_e) of `model(**inputs)` at the tap; later blocks are not computed."""
+        found: list[Tensor] = []
 
         def stop(residual: Tensor) -> Tensor:
-            raise _Stop(residual)
+            found.append(residual)
+            raise _Stop
 
-        try:
-            with self.steering(stop):
-                model(**inputs)
-        except _Stop as stopped:
-            return stopped.residual
-        raise InternalRLError(f"{type(model).__name__} never ran its block {self.layer}; is it called as usual?")
+        with suppress(_Stop), self.steering(stop):
+            model(**inputs)
+        return found[0]
 
     @contextmanager
     def skipping_lower_blocks(self, residual: Tensor) -> Iterator[None]:
-        """While open, the blocks up to `layer` return `residual` at once: only the upper blocks are computed."""
+        """While open, the blocks up to `layer` return `residual`: only the upper ones are computed."""
+
+        def skipping(compute: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if self._outputs is None:  # only running a block tells what it returns; one does
+                    with torch.no_grad():
+                        output = compute(*args, **kwargs)
+                    self._outputs = len(output) if isinstance(output, tuple) else 0
+                return (residual, *[None] * (self._outputs - 1)) if self._outputs else residual
+
+            return forward
+
         lower = self.blocks[: self.layer]
         for block in lower:
-            block.forward = lambda *args, **kwargs: residual
+            block.forward = skipping(block.forward)
         try:
             yield
         finally:

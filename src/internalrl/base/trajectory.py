@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
 from internalrl.base.encoders import ENCODERS, EncoderState
+from internalrl.errors import InternalRLError
 
 
 class TrajectoryConfig(PretrainedConfig):
@@ -74,7 +77,7 @@ def llama_backbone(layers: int = 4, width: int = 128, heads: int = 4, mlp: int =
 
 @dataclass
 class TrajectoryOutput(ModelOutput):
-    """Action logits (B, T, actions), logits over the next observation's class (B, T, targets), and the cache."""
+    """Action logits (B, T, actions), logits of the next observation's class (B, T, targets), the cache."""
 
     logits: Tensor | None = None
     next_observation_logits: Tensor | None = None
@@ -211,6 +214,11 @@ class _PreallocatedLayer(DynamicLayer):
         """Replace the last step of `rows` by the last step of `other`, whose batch is those rows."""
         self.buffer[:, rows, :, self.used - 1] = other.buffer[:, :, :, other.used - 1]
 
+    def rewind(self, length: int) -> None:
+        """Forget the steps after the first `length`."""
+        self.used = min(self.used, length)
+        self.keys, self.values = self.buffer[0, :, :, : self.used], self.buffer[1, :, :, : self.used]
+
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             self.buffer = self.buffer[:, indices]
@@ -219,6 +227,8 @@ class _PreallocatedLayer(DynamicLayer):
 
 class TrajectoryCache(Cache):
     """Keys, values and encoder state of a batch of trajectories; `select` drops finished rows."""
+
+    layers: list[Any]  # _PreallocatedLayer
 
     def __init__(self, layers: int):
         super().__init__(layers=[_PreallocatedLayer() for _ in range(layers)])
@@ -233,11 +243,39 @@ class TrajectoryCache(Cache):
         for layer, source in zip(self.layers, other.layers, strict=True):
             layer.overwrite_last(rows, source)
 
+    def rewind(self, length: int) -> None:
+        """Forget what a forward pass that was stopped half-way has left in the blocks it reached.
+
+        Args:
+            length: steps to keep. The encoder's state belongs to the last whole pass, so it is right already.
+        """
+        for layer in self.layers:
+            layer.rewind(length)
+
     def select(self, rows: Tensor) -> None:
         """Keep only `rows` (an index tensor) of the batch."""
         self.batch_select_indices(rows)
         if self.encoder is not None:
             self.encoder = self.encoder.select(rows)
+
+
+def load_trajectory_model(folder: str | Path) -> TrajectoryModel:
+    """The model that `save_pretrained` wrote to `folder`; InternalRLError when it is not there whole."""
+    try:
+        # without a config.json, Hugging Face would take the folder for a name on its hub
+        kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]
+        if kind != TrajectoryConfig.model_type:
+            raise ValueError(f"it holds a {kind} model")
+        loaded: Any = TrajectoryModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        model, report = loaded
+        if missing := report["missing_keys"]:
+            raise ValueError(f"{len(missing)} tensors are missing, such as {min(missing)}")
+    except Exception as error:  # many kinds: Hugging Face's, JSON's, those of wrong sizes
+        why = f"{type(error).__name__}, {str(error).splitlines()[0]}"
+        raise InternalRLError(
+            f"{folder} holds no whole TrajectoryModel ({why}); give the folder that `pretrain` saved."
+        ) from error
+    return model
 
 
 AutoConfig.register(TrajectoryConfig.model_type, TrajectoryConfig)

@@ -212,4 +212,4 @@ def gate(logit: Tensor, noise: Tensor, mode: SwitchMode, temperature: float = 1.
     if mode == "hard":
         return hard
     probability = torch.sigmoid(logit / temperature)
-    return hard + probability - probability.detach()
+    return hard + (probability - probability.detach())  # exactly 0 or 1

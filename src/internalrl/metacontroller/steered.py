@@ -1,9 +1,10 @@
-"""SteeredModel: a frozen base model with a metacontroller on its residual stream; the only steered forward."""
+"""SteeredModel: a frozen base with a metacontroller on its residual stream; the only steered forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from internalrl.base.residual import ResidualTap
-from internalrl.base.trajectory import TrajectoryCache
+from internalrl.base.trajectory import TrajectoryCache, load_trajectory_model
+from internalrl.metacontroller.adapter import load_adapter, put_tensors, save_adapter
 from internalrl.metacontroller.model import Metacontroller, MetacontrollerState
+from internalrl.metacontroller.policy import Policy
 from internalrl.stages import MetacontrollerConfig
 
 Propose = Callable[[Tensor, Tensor], Tensor]
@@ -21,7 +24,7 @@ Propose = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class Step:
-    """One decoded step: action `logits` (B, A), `switch` (B,) bool, its `switch_logit` (B,), and the `code` held."""
+    """One decoded step: action `logits` (B, A), `switch` (B,) bool, `switch_logit` (B,), `code` (B, n_z)."""
 
     logits: Tensor
     switch: Tensor
@@ -31,11 +34,18 @@ class Step:
 
 @dataclass
 class Decoding:
-    """State of a batch that is decoded step by step: the base's cache, the metacontroller's state, segment numbers."""
+    """State of a batch decoded step by step: the base's cache, the metacontroller's state, the segments."""
 
     cache: TrajectoryCache | None
     state: MetacontrollerState
     segments: Tensor | None
+
+    def continued_segments(self) -> Tensor | None:
+        """Segment numbers (B, past + 1) with one more step, in the segment of the last one."""
+        if self.segments is None:
+            return None
+        last = self.segments[:, -1:] if self.segments.shape[1] else self.state.started[:, None].long()
+        return torch.cat([self.segments, last], 1)
 
     def select(self, rows: Tensor) -> None:
         """Keep only `rows` (index tensor)."""
@@ -47,13 +57,57 @@ class Decoding:
 
 
 class SteeredModel(nn.Module):
-    """The base model, frozen, with U(z_t) e_t added to its residual stream after block `layer`."""
+    """The base model, frozen, with U(z_t) e_t added to its residual stream after block `layer`.
+
+    What is learned on top of the base, its adapter, is `metacontroller` and, after internal RL, `policy`;
+    `provenance` tells how: stage -> whatever it wants remembered.
+    """
 
     def __init__(self, base: PreTrainedModel, config: MetacontrollerConfig):
         super().__init__()
         self.base = base.requires_grad_(False).eval()
         self.tap = ResidualTap(base, config.layer)
         self.metacontroller = Metacontroller(config, base.config.hidden_size)
+        self.policy: Policy | None = None
+        self.provenance: dict[str, Any] = {}
+
+    @classmethod
+    def from_base(cls, base: PreTrainedModel | str | Path, config: MetacontrollerConfig) -> SteeredModel:
+        """A new metacontroller on `base`: a model, or the folder of a saved `TrajectoryModel`."""
+        return cls(base if isinstance(base, PreTrainedModel) else load_trajectory_model(base), config)
+
+    @classmethod
+    def from_pretrained(cls, base: PreTrainedModel | str | Path, folder: str | Path) -> SteeredModel:
+        """The adapter in `folder` on the base it was trained on; InternalRLError says what does not fit.
+
+        Args:
+            base: the model, or the folder of a saved `TrajectoryModel`.
+        """
+        base = base if isinstance(base, PreTrainedModel) else load_trajectory_model(base)
+        config, tensors = load_adapter(base, folder)
+        with torch.device("meta"):  # shapes alone: the tensors come from the file, no random number is drawn
+            steered = cls(base, config.metacontroller)
+            if config.policy_hidden is not None:
+                sizes = steered.metacontroller.width, config.metacontroller.n_z, config.policy_hidden
+                steered.policy = Policy(*sizes, initial_std=1.0)
+        put_tensors(steered, tensors, folder)
+        steered.provenance = config.provenance
+        return steered
+
+    def save_pretrained(self, folder: str | Path, provenance: dict[str, Any] | None = None) -> None:
+        """Write the adapter, not the base, to `folder`; see `adapter.save_adapter`.
+
+        Args:
+            provenance: added to what is known of earlier stages.
+        """
+        self.provenance = {**self.provenance, **(provenance or {})}
+        save_adapter(self, folder)
+
+    def train(self, mode: bool = True) -> SteeredModel:
+        """Training mode for the metacontroller alone: the frozen base never drops units out."""
+        super().train(mode)
+        self.base.eval()
+        return self
 
     @torch.no_grad()
     def residual(self, observations: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -69,7 +123,7 @@ class SteeredModel(nn.Module):
             return self.base(inputs_embeds=residual, **inputs).logits
 
     def start(self, batch: int, forget: bool = False) -> Decoding:
-        """A fresh decoding of `batch` sequences; with `forget`, each segment sees nothing of what came before it."""
+        """A fresh decoding of `batch` sequences; with `forget`, a segment sees nothing from before it."""
         state = self.metacontroller.start(batch)
         return Decoding(None, state, torch.zeros(batch, 0, dtype=torch.long) if forget else None)
 
@@ -82,7 +136,8 @@ class SteeredModel(nn.Module):
             decoding: from `start`; advanced in place.
             propose: asked for a code at every switch.
         """
-        meta, before, taken = self.metacontroller, decoding.state, {}
+        meta, before = self.metacontroller, decoding.state
+        taken: dict[str, Tensor] = {}
 
         def steer(residual: Tensor) -> Tensor:
             x = meta.read(residual[:, -1])
@@ -94,12 +149,13 @@ class SteeredModel(nn.Module):
             decoding.state = MetacontrollerState(history, code, torch.ones_like(switch))
             return meta.control(residual, code[:, None])
 
-        if decoding.segments is not None:  # until the switch says otherwise, this step continues its segment
-            last = decoding.segments[:, -1:] if decoding.segments.shape[1] else before.started[:, None].long()
-            decoding.segments = torch.cat([decoding.segments, last], 1)
+        decoding.segments = decoding.continued_segments()  # until the switch says otherwise
         with self.tap.steering(steer):
             output = self.base(
-                observations[:, None], past_key_values=decoding.cache, use_cache=True, segments=decoding.segments
+                observations[:, None],
+                past_key_values=decoding.cache,
+                use_cache=True,
+                segments=decoding.segments,
             )
         decoding.cache = output.past_key_values
         result = Step(output.logits[:, -1], **taken)
@@ -108,8 +164,30 @@ class SteeredModel(nn.Module):
             self._forget(observations, decoding, reopened, result)
         return result
 
+    @torch.no_grad()
+    def peek(self, observations: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
+        """What `step` on the same arguments will see: β (B,) bool and the normalised residual (B, n_e).
+
+        `decoding` is left as it was, and the upper blocks are not computed.
+        """
+        cache = decoding.cache
+        length = 0 if cache is None else cache.length
+        residual = self.tap.read(
+            self.base,
+            observations=observations[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            segments=decoding.continued_segments(),
+        )
+        if cache is not None:
+            cache.rewind(length)
+        x = self.metacontroller.read(residual[:, -1])
+        return self.metacontroller.advance(x, decoding.state)[0], x
+
     def _forget(self, observations: Tensor, decoding: Decoding, rows: Tensor, result: Step) -> None:
-        """Compute this step of `rows` again as the first of a sequence, and put it into the state and the cache."""
+        """Compute this step of `rows` again as the first of a sequence, and store it in state and cache."""
+        assert decoding.cache is not None
+        assert decoding.segments is not None
         meta, state = self.metacontroller, decoding.state
 
         def steer(residual: Tensor) -> Tensor:

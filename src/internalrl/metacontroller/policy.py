@@ -1,4 +1,4 @@
-"""The causal abstract-action policy π(z | e_1:t): a GRU that advances at switches, a Gaussian over codes (paper, C.5)."""
+"""The causal policy over codes π(z | e_1:t): a GRU that advances at switches, and a Gaussian (paper, C.5)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 
@@ -20,6 +19,7 @@ class Policy(nn.Module):
 
     def __init__(self, width: int, n_z: int, hidden: int, initial_std: float):
         super().__init__()
+        self.hidden = hidden
         self.recurrent = nn.GRU(width, hidden, batch_first=True)
         self.mean = nn.Linear(hidden, n_z)
         self.log_std = nn.Parameter(torch.full((n_z,), math.log(initial_std)))
@@ -46,15 +46,16 @@ class PolicyActor:
         deterministic: propose the mean instead of a sample.
     """
 
-    def __init__(self, policy: Policy, episodes: int, generator: torch.Generator, deterministic: bool = False):
+    def __init__(
+        self, policy: Policy, episodes: int, generator: torch.Generator, deterministic: bool = False
+    ):
         self.policy, self.generator, self.deterministic = policy, generator, deterministic
         self.hidden = torch.zeros(episodes, policy.recurrent.hidden_size)
         self.events: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @torch.no_grad()
     def __call__(self, rows: Tensor, x: Tensor) -> Tensor:
-        g = self.policy.recurrent
-        hidden = torch.gru_cell(x, self.hidden[rows], g.weight_ih_l0, g.weight_hh_l0, g.bias_ih_l0, g.bias_hh_l0)
+        hidden = torch.gru_cell(x, self.hidden[rows], *self.policy.recurrent.parameters())
         self.hidden[rows] = hidden
         code = self.policy.mean(hidden)
         if not self.deterministic:

@@ -1,0 +1,82 @@
+"""Who acts in internal RL: the policy over codes, or, as the baseline, the base model's own action distribution.
+
+An agent plays a batch of episodes and can say how likely its decisions were; `train.reinforce` needs no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from internalrl.internal_rl.recording import Recording
+from internalrl.metacontroller.policy import Policy, PolicyActor
+from internalrl.metacontroller.rollout import BatchEnvironment, Rollout, rollout
+from internalrl.metacontroller.steered import SteeredModel
+
+
+@dataclass
+class Decisions:
+    """What was `seen` (N, S, …) and `chosen` (N, S, …) at the S decisions of each episode; `mask` (N, S) marks real ones."""
+
+    seen: Tensor
+    chosen: Tensor
+    mask: Tensor
+
+
+class Agent(Protocol):
+    """`module` holds the parameters that learn."""
+
+    module: nn.Module
+
+    def play(self, environment: BatchEnvironment, generator: torch.Generator) -> tuple[Rollout, Decisions]: ...
+
+    def log_prob(self, decisions: Decisions) -> Tensor: ...
+
+
+class InternalAgent:
+    """Chooses a code at every switch; the steered base model, at `temperature`, does the rest."""
+
+    def __init__(self, steered: SteeredModel, policy: Policy, temperature: float = 0.0, deterministic: bool = False):
+        self.steered, self.module, self.temperature = steered, policy, temperature
+        self.deterministic = deterministic
+
+    def play(self, environment: BatchEnvironment, generator: torch.Generator) -> tuple[Rollout, Decisions]:
+        actor = PolicyActor(self.module, len(environment), generator, self.deterministic)
+        result = rollout(self.steered, environment, actor, self.temperature, generator=generator)
+        return result, Decisions(*actor.segments())
+
+    def log_prob(self, decisions: Decisions) -> Tensor:
+        """(N, S); touches the policy only, no base forward."""
+        return self.module.log_prob(decisions.seen, decisions.chosen)
+
+
+class RawActionAgent:
+    """Token-level RL: the base model itself is the policy over actions, all of it trained.
+
+    With a metacontroller whose controller is zero this is the bare base; with a consolidated one, the code is
+    zero throughout.
+    """
+
+    def __init__(self, steered: SteeredModel, temperature: float = 1.0):
+        self.steered, self.module, self.temperature = steered, steered.base, temperature
+        self.module.requires_grad_(True)
+
+    def play(self, environment: BatchEnvironment, generator: torch.Generator) -> tuple[Rollout, Decisions]:
+        recording = Recording(environment)
+        result = rollout(self.steered, recording, self._zero_code, self.temperature, generator=generator)
+        return result, Decisions(recording.observations(result.actions.shape[1]), result.actions, result.mask)
+
+    def log_prob(self, decisions: Decisions) -> Tensor:
+        """(N, T): a full forward of the base over every step."""
+        meta = self.steered.metacontroller
+        zero = torch.zeros(*decisions.mask.shape, meta.config.n_z)
+        with self.steered.tap.steering(lambda residual: meta.control(residual, zero)):
+            logits = self.module(decisions.seen).logits
+        log_probs = torch.log_softmax(logits / self.temperature, -1)
+        return log_probs.gather(-1, decisions.chosen[..., None]).squeeze(-1)
+
+    def _zero_code(self, rows: Tensor, x: Tensor) -> Tensor:
+        return torch.zeros(len(rows), self.steered.metacontroller.config.n_z)
