@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from internalrl.base.trajectory import TrajectoryConfig, TrajectoryModel, llama_backbone
+from internalrl.discovery.objective import discovery_loss
 from internalrl.domains.grid import GridBatch, GridConfig, Layouts, observe, sample_layouts
 from internalrl.metacontroller.model import Metacontroller
-from internalrl.metacontroller.steered import SteeredModel
+from internalrl.metacontroller.steered import Decoding, SteeredModel, Step
 from internalrl.stages import MetacontrollerConfig
 
 GRID = GridConfig(size=4, colors=4, walls=1, horizon=14)
@@ -56,8 +58,14 @@ def tiny_metacontroller(
 
 
 def tiny_steered(encoder: str = "planner", seed: int = 0) -> SteeredModel:
+    """A steered model whose switch fires at about every other step."""
     steered = SteeredModel(tiny_base(encoder, seed), SIZES)
-    widen(steered.metacontroller, 0.4, seed + 1)
+    meta = steered.metacontroller
+    widen(meta, 0.4, seed + 1)
+    with torch.no_grad():
+        x = meta.read(steered.residual(walks(16, 8, seed)))
+        logit = meta.segment(x, meta.summarise(x), codes(16, 8, seed), "soft").logit
+        meta.switch_head.bias -= logit.median()
     return steered
 
 
@@ -79,3 +87,31 @@ def walks(count: int, steps: int, seed: int = 0) -> Tensor:
 def codes(count: int, steps: int, seed: int = 0) -> Tensor:
     """(count, steps, n_z) from N(0, I)."""
     return torch.randn(count, steps, N_Z, generator=torch.Generator().manual_seed(seed))
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def decode(
+    steered: SteeredModel, observations: Tensor, proposals: Tensor, forget: bool = False
+) -> tuple[Step, Decoding]:
+    """Decode step by step, adopting `proposals` (B, T, n_z) where the switch fires; fields are (B, T, …)."""
+    decoding, steps = steered.start(len(observations), forget), []
+    for t in range(observations.shape[1]):
+        steps.append(steered.step(observations[:, t], decoding, lambda rows, _, t=t: proposals[rows, t]))
+    fields = ("logits", "switch", "switch_logit", "code")
+    return Step(*(torch.stack([getattr(step, name) for step in steps], 1) for name in fields)), decoding
+
+
+def discovery(
+    steered: SteeredModel, observations: Tensor, mode: str = "soft", mask: Tensor | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """The discovery loss of `observations`, with made-up actions, and what it says for the log."""
+    mask = torch.ones(observations.shape[:2], dtype=torch.bool) if mask is None else mask
+    actions = torch.arange(mask.numel()).reshape(mask.shape) % 4
+    residual = steered.residual(observations)
+    loss, metrics, _ = discovery_loss(
+        steered, residual, actions, mask, kl_coef=0.3, switch_cost=0.1, mode=mode
+    )
+    return loss, metrics

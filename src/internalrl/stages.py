@@ -160,3 +160,33 @@ class ConsolidateConfig:
     """AdamW learning rate; it falls linearly to zero over the second half."""
     switch_coef: float = 0.3
     """Weight of imitating the teacher's switches."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How a finished run's model is put to the test."""
+
+    task: str | None = None
+    """Colours to visit in order, such as 0-1-4-5; by default the run's own task."""
+    episodes: int = 1024
+    """Episodes to play, each on a new layout."""
+    controller: Literal["policy", "prior", "off"] = "policy"
+    """Who chooses the codes: the trained policy, N(0, I), or nobody, which leaves the bare base model."""
+    deterministic: bool = False
+    """Take the policy's mean code; with the controller off, the base model's best action."""
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ValueError(f"--episodes is {self.episodes}; give 1 or more.")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What the report measures for itself."""
+
+    episodes: int = 512
+    """Demonstrations, and episodes of free play, behind each figure."""
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ValueError(f"--episodes is {self.episodes}; give 1 or more.")

@@ -157,7 +157,7 @@ class ReferenceMetacontroller:
     # -- how it steers ------------------------------------------------------------------------------------
 
     def controller(self, z: Vector) -> Matrix:
-        """U(z), n_e × n_e numbers: [i][j], what e_i adds to e_j, is Σ_r (Σ_k down_irk f_k) (Σ_m f_m up_rmj)."""
+        """U(z) whole; from e_i to e_j goes u_ij = Σ_r (Σ_k down_irk f_k) (Σ_m f_m up_rmj)."""
         f = [*relu(affine(self.w["features.weight"], self.w["features.bias"], z)), number(1.0)]
         k = len(f)
         matrix = []

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from internalrl.discovery.evaluate import free_play
+from internalrl.domains.grid import GridConfig, observe
+from internalrl.loop import Loop, optimise
 from internalrl.metacontroller.steered import SteeredModel
+from internalrl.runlog import RunFolder
+from internalrl.stages import ConsolidateConfig
+
+LOG_EVERY = 10
 
 
 @dataclass
@@ -44,3 +51,34 @@ def consolidation_loss(steered: SteeredModel, lesson: Lesson, switch_coef: float
     decided[:, 0] = False  # the first step always opens a segment
     bce = F.binary_cross_entropy_with_logits(segments.logit[decided], lesson.switch[decided].float())
     return kl + switch_coef * bce, {"kl": float(kl.detach()), "switch_loss": float(bce.detach())}
+
+
+def teach(steered: SteeredModel, config: ConsolidateConfig, grid: GridConfig, seed: int) -> list[Lesson]:
+    """What the forgetful teacher does with random codes: no task, no reward, no end before the horizon."""
+    play = free_play(steered, grid, config.episodes, seed, forget=True)
+    lessons = []
+    for part in torch.arange(config.episodes).split(config.batch_size):
+        observations = torch.from_numpy(observe(grid, play.contents[part], play.positions[part]))
+        r = play.rollout
+        lessons.append(Lesson(steered.residual(observations), r.code[part], r.switch[part], r.logits[part], r.mask[part]))
+    return lessons
+
+
+def consolidate(steered: SteeredModel, config: ConsolidateConfig, grid: GridConfig, run: RunFolder) -> Loop:
+    """Let the forgetful teacher play with random codes, then train the student on what it did."""
+    meta = steered.metacontroller
+    optimizer = torch.optim.AdamW(
+        meta.parameters_of("history", "switch", "controller"), lr=config.lr, weight_decay=0.0
+    )
+    choice = torch.Generator().manual_seed(run.seed + 3)
+    loop = Loop(run, "consolidate", config.steps, {"metacontroller": meta}, {"adamw": optimizer}, {"choice": choice})
+    lessons = teach(steered, config, grid, run.seed)
+    for step in loop:
+        lesson = lessons[int(torch.randint(len(lessons), (1,), generator=choice))]
+        loss, metrics = consolidation_loss(steered, lesson, config.switch_coef)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, 2 * (1 - step / config.steps))
+        optimise(loss, optimizer)
+        if step % LOG_EVERY == 0 or step == config.steps - 1:
+            loop.log(loss=loss.item(), **metrics)
+    return loop

@@ -63,6 +63,7 @@ class RawActionAgent:
     def __init__(self, steered: SteeredModel, temperature: float = 1.0):
         self.steered, self.module, self.temperature = steered, steered.base, temperature
         self.module.requires_grad_(True)
+        steered.metacontroller.requires_grad_(False)
 
     def play(self, environment: BatchEnvironment, generator: torch.Generator) -> tuple[Rollout, Decisions]:
         recording = Recording(environment)

@@ -61,7 +61,7 @@ def rollout(
     """Play every episode of `environment` to its end.
 
     Args:
-        propose: asked for codes at switches, with row numbers of the whole batch.
+        propose: asked for codes at the switches of running episodes, with row numbers of the whole batch.
         temperature: of the base model's actions; 0 is greedy.
         forget: every segment starts with an empty context (the teacher of consolidation).
     """
@@ -77,11 +77,18 @@ def rollout(
                 record[name] = value.new_zeros(count, horizon, *value.shape[1:])
             record[name][rows, t] = value
 
+    def propose_alive(switched: Tensor, x: Tensor) -> Tensor:
+        """Episodes that have ended, but were not dropped yet, make no decisions."""
+        code, deciding = x.new_zeros(len(x), steered.metacontroller.config.n_z), alive[switched]
+        if deciding.any():
+            code[deciding] = propose(rows[switched[deciding]], x[deciding])
+        return code
+
     for t in range(horizon):
-        step = steered.step(torch.from_numpy(environment.observe()), decoding, lambda r, x: propose(rows[r], x))
+        alive = torch.from_numpy(environment.alive.copy())
+        step = steered.step(torch.from_numpy(environment.observe()), decoding, propose_alive)
         actions = choose(step.logits, temperature, generator)
         write(t, actions=actions, logits=step.logits, switch=step.switch, switch_logit=step.switch_logit, code=step.code)
-        alive = torch.from_numpy(environment.alive.copy())
         gained, _, _ = environment.step(actions.numpy())
         reward[rows] += torch.from_numpy(gained)
         length[rows] += alive

@@ -1,0 +1,1 @@
+"""Looking at what a run has learned: probes, evaluation on any task, and the report."""

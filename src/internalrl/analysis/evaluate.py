@@ -1,0 +1,141 @@
+"""Success of a run's model on any task, with everything counted that says how it fails."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from internalrl.analysis.runs import find, open_models, run_task
+from internalrl.base.trajectory import TrajectoryModel
+from internalrl.domains.grid import GridBatch, GridConfig, Layouts, parse_task, sample_layouts
+from internalrl.errors import InternalRLError
+from internalrl.metacontroller.policy import PolicyActor
+from internalrl.metacontroller.rollout import Rollout, prior, rollout
+from internalrl.metacontroller.steered import Propose, SteeredModel
+from internalrl.runlog import RunFolder, read_run
+from internalrl.stages import EvaluateConfig, MetacontrollerConfig
+
+CHUNK = 1024
+"""Episodes played at once."""
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """N played episodes.
+
+    `positions` (N, T + 1) cells, repeating the last one after the end; `success`, `truncated` (N,) bool.
+    """
+
+    layouts: Layouts
+    rollout: Rollout
+    positions: NDArray[np.int16]
+    success: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+
+
+def main(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
+    """Play `config.task` with the models of `run`.
+
+    Returns success with its 95 % interval, mean length, segments per episode (None with the controller off),
+    the fractions that ended on a wrong colour and at the horizon, and seconds.
+    """
+    models = open_models(run)
+    task = config.task or run_task(run, models.grid)
+    parse_task(task, models.grid)
+    if config.controller == "off":
+        steered, temperature = bare(models.base), 0.0 if config.deterministic else 1.0
+    else:
+        temperature = find(read_run(run.path)["config"], "temperature") or 0.0
+        if models.steered is None or (config.controller == "policy" and models.steered.policy is None):
+            what = "adapter" if models.steered is None else "policy"
+            raise InternalRLError(
+                f"Run {run.path} has no {what} to choose codes with; evaluate it with --controller off, or "
+                "give a run that has been through all stages."
+            )
+        steered = models.steered
+    return measure(steered, models.grid, task, config, temperature, run.seed)
+
+
+def measure(
+    steered: SteeredModel, grid: GridConfig, task: str, config: EvaluateConfig, temperature: float, seed: int
+) -> dict[str, Any]:
+    """The result of `main` for models at hand; `temperature` is that of the base's actions."""
+    began = time.monotonic()
+    wins = timeouts = steps = segments = 0
+    for part in play(steered, grid, task, config, temperature, seed):
+        wins += int(part.success.sum())
+        timeouts += int(part.truncated.sum())
+        steps += int(part.rollout.length.sum())
+        segments += int(part.rollout.switch.sum())
+    count = config.episodes
+    return {
+        "task": task,
+        "controller": config.controller,
+        "deterministic": config.deterministic,
+        "episodes": count,
+        "success": wins / count,
+        "success_95": wilson(wins, count),
+        "wrong_color": (count - wins - timeouts) / count,
+        "truncated": timeouts / count,
+        "mean_length": steps / count,
+        "segments_per_episode": None if config.controller == "off" else segments / count,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def play(
+    steered: SteeredModel, grid: GridConfig, task: str, config: EvaluateConfig, temperature: float, seed: int
+) -> Iterator[Episodes]:
+    """Play `config.episodes` episodes of `task`, at most `CHUNK` at a time; the same seed gives the same ones."""
+    rng, generator = np.random.default_rng([seed, 5]), torch.Generator().manual_seed(seed)
+    goal = parse_task(task, grid)
+    for begin in range(0, config.episodes, CHUNK):
+        count = min(CHUNK, config.episodes - begin)
+        layouts = sample_layouts(grid, count, rng)
+        propose = _proposer(steered, config, count, generator)
+        result = rollout(steered, GridBatch(grid, layouts, goal), propose, temperature, generator=generator)
+        yield _replay(GridBatch(grid, layouts, goal), result)
+
+
+def bare(base: TrajectoryModel) -> SteeredModel:
+    """The base model alone, as a steered model whose controller is zero whatever the code."""
+    steered = SteeredModel.from_base(base, MetacontrollerConfig())
+    nn.init.zeros_(steered.metacontroller.up)
+    return steered
+
+
+def _proposer(
+    steered: SteeredModel, config: EvaluateConfig, episodes: int, generator: torch.Generator
+) -> Propose:
+    if config.controller == "policy":
+        assert steered.policy is not None
+        return PolicyActor(steered.policy, episodes, generator, config.deterministic)
+    return prior(steered.metacontroller.config.n_z, generator)
+
+
+def _replay(environment: GridBatch, result: Rollout) -> Episodes:
+    """The rules once more on the same actions: a rollout drops episodes that ended, and with them why."""
+    positions = [environment.position]
+    success, truncated = np.zeros(len(environment), bool), np.zeros(len(environment), bool)
+    for action in result.actions.numpy().T:
+        reward, _, timeout = environment.step(action)
+        success |= reward > 0
+        truncated |= timeout
+        positions.append(environment.position)
+    return Episodes(environment.layouts, result, np.stack(positions, 1), success, truncated)
+
+
+def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a success rate (95 % by default); it is right also near 0 and 1."""
+    rate, shrink = successes / count, 1 / (1 + z * z / count)
+    center = shrink * (rate + z * z / (2 * count))
+    half = shrink * z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
+    return max(center - half, 0.0), min(center + half, 1.0)

@@ -1,0 +1,66 @@
+"""Bits of HTML that the report is put together from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from internalrl.analysis import figures
+from internalrl.analysis.figures import Level, Line
+
+
+def curves(
+    lines: Sequence[Line | None],
+    x_label: str,
+    y_label: str,
+    caption: str,
+    levels: Sequence[Level] = (),
+    **options: Any,
+) -> str:
+    """A figure of those `lines` that were logged, see `figures.curves`; empty when none was."""
+    logged = [line for line in lines if line]
+    if not logged:
+        return ""
+    return figure(figures.curves(logged, x_label, y_label, levels, legend=len(lines) > 1, **options), caption)
+
+
+def figure(svg: str, caption: str) -> str:
+    """A plot with the sentence that says what it shows."""
+    return f'<figure class="plot">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def figures_of(text: str, shown: Iterable[str]) -> str:
+    """Introduction and figures of a section; empty when there is no figure."""
+    inside = "".join(shown)
+    return f'<p>{text}</p><div class="figures">{inside}</div>' if inside else ""
+
+
+def table(rows: Iterable[tuple[str, Any]]) -> str:
+    """Names and values."""
+    cells = (f"<tr><th>{escape(name)}</th><td>{escape(_shown(value))}</td></tr>" for name, value in rows)
+    return f"<table>{''.join(cells)}</table>"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as one list, with names like discover.steps."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def duration(seconds: float | Mapping[str, float]) -> str:
+    """74.2 → 1 min 14 s; several durations are summed."""
+    total = round(sum(seconds.values()) if isinstance(seconds, Mapping) else seconds)
+    hours, minutes, rest = total // 3600, total // 60 % 60, total % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "none" if value is None else str(value)

@@ -1,0 +1,149 @@
+"""What the report measures on finished models: on demonstrations, under random codes, under the policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from internalrl.analysis.evaluate import Episodes
+from internalrl.base.batches import split, to_batch
+from internalrl.base.trajectory import TrajectoryModel
+from internalrl.discovery.evaluate import free_play, segment_demonstrations
+from internalrl.discovery.objective import action_nll
+from internalrl.domains.grid import Demonstrations, GridConfig, demonstrate, pretraining_tasks
+from internalrl.domains.grid_bayes import bayes_filter, expert_nll
+from internalrl.domains.grid_play import entered_colors, subgoal_transitions
+from internalrl.metacontroller.steered import SteeredModel
+
+NO_SUBGOAL = -1
+"""In place of a subgoal's number: the segment did not begin with the two colours of one."""
+
+
+@dataclass(frozen=True)
+class References:
+    """Action NLL on fresh demonstrations, in nats per action: of the base alone, of the exact Bayes filter, and of
+    the expert's own distribution, its goal known."""
+
+    base: float
+    bayes: float
+    known: float
+
+
+@dataclass(frozen=True)
+class Coding:
+    """The trained metacontroller on fresh demonstrations, with hard switches and mean codes.
+
+    `subgoal` (N, T), `switch` (N, T) bool and `length` (N,) of the first `shown` ones; over all of them `nll` in
+    nats per action and `kl` in nats per episode, counted where a code is adopted.
+    """
+
+    subgoal: NDArray[np.int64]
+    switch: NDArray[np.bool_]
+    length: NDArray[np.int64]
+    nll: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Codes:
+    """M segments: the `code` (M, n_z) that was held, and the subgoal `reached` (M,), or `NO_SUBGOAL`."""
+
+    code: NDArray[np.float32]
+    reached: NDArray[np.int64]
+
+
+@torch.no_grad()
+def references(base: TrajectoryModel, grid: GridConfig, episodes: int, seed: int) -> References:
+    """Measure the base against what can be known at all; the same demonstrations as in `coding`."""
+    demonstrations = _demonstrations(grid, episodes, seed)
+    parts = list(split(to_batch(grid, demonstrations), 128))
+    nll = [action_nll(base(part.observations).logits, part.actions, part.mask).item() for part in parts]
+    return References(
+        base=float(np.average(nll, weights=[int(part.mask.sum()) for part in parts])),
+        bayes=bayes_filter(grid, demonstrations, pretraining_tasks(grid)).mean_nll,
+        known=float(expert_nll(grid, demonstrations)[demonstrations.mask].mean()),
+    )
+
+
+@torch.no_grad()
+def coding(steered: SteeredModel, grid: GridConfig, episodes: int, seed: int, shown: int = 20) -> Coding:
+    """Let the metacontroller cut demonstrations into segments and code them."""
+    meta = steered.metacontroller
+    batch = to_batch(grid, _demonstrations(grid, episodes, seed))
+    nll, kl, switches = 0.0, 0.0, []
+    for part in split(batch, 128):
+        residual = steered.residual(part.observations)
+        segments = segment_demonstrations(steered, residual, part.mask)
+        x = meta.read(residual)
+        rate = meta.propose(x, meta.summarise(x), part.mask).kl() * segments.switch
+        logits = steered(residual, segments.code)
+        nll += action_nll(logits, part.actions, part.mask).item() * int(part.mask.sum())
+        kl += float(rate[part.mask].sum())
+        switches.append(segments.switch > 0.5)
+    switch = torch.cat(switches)[:shown] & batch.mask[:shown]
+    return Coding(
+        batch.subgoal[:shown].numpy(),
+        switch.numpy(),
+        batch.mask[:shown].sum(1).numpy(),
+        nll / int(batch.mask.sum()),
+        kl / len(batch),
+    )
+
+
+def random_codes(
+    steered: SteeredModel, grid: GridConfig, episodes: int, seed: int
+) -> tuple[Codes, NDArray[np.float64]]:
+    """Segments of free play under z ~ N(0, I), and the rates (S, S) at which subgoal b follows subgoal a."""
+    play = free_play(steered, grid, episodes, seed)
+    entered = entered_colors(grid, play.contents, play.positions)
+    done, total = subgoal_transitions(grid, entered)
+    codes = _segments(entered, play.rollout.switch.numpy(), play.rollout.code.numpy())
+    return codes, done / np.maximum(total, 1)[:, None]
+
+
+def policy_codes(grid: GridConfig, episodes: Episodes) -> Codes:
+    """Segments of played episodes."""
+    entered = entered_colors(grid, episodes.layouts.contents, episodes.positions)
+    return _segments(entered, episodes.rollout.switch.numpy(), episodes.rollout.code.numpy())
+
+
+def plane(codes: Codes) -> NDArray[np.float32]:
+    """(n_z, 2): the plane in which the means of the codes that reach different subgoals lie furthest apart.
+
+    Random codes are as wide in one direction as in any other, so their own principal components mean nothing:
+    those of the means do.
+    """
+    kinds = [k for k in np.unique(codes.reached) if k != NO_SUBGOAL]
+    means = np.stack([codes.code[codes.reached == k].mean(0) for k in kinds]) if kinds else codes.code[:0]
+    directions = np.linalg.svd(means - means.mean(0), full_matrices=True)[2] if len(means) > 1 else None
+    return np.eye(codes.code.shape[1], 2, dtype=np.float32) if directions is None else directions[:2].T
+
+
+def segment_subgoal(colors: NDArray[np.integer]) -> int:
+    """The subgoal that a segment entering `colors` in this order reached: the pair it begins with."""
+    pair = len(colors) > 1 and colors[0] % 2 == 0 and colors[1] == colors[0] + 1
+    return int(colors[0]) // 2 if pair else NO_SUBGOAL
+
+
+def _segments(
+    entered: NDArray[np.integer], switch: NDArray[np.bool_], code: NDArray[np.float32]
+) -> Codes:
+    """The segments of N episodes that ended with a switch; the last one of each was cut off.
+
+    `entered` (N, ≥ T) as from `entered_colors`, `switch` (N, T), `code` (N, T, n_z).
+    """
+    found, reached = [], []
+    for colors, opened, held in zip(entered, switch, code, strict=True):
+        times = np.flatnonzero(opened)
+        for begin, end in zip(times[:-1], times[1:], strict=True):
+            inside = colors[begin + 1 : end + 1]
+            found.append(held[begin])
+            reached.append(segment_subgoal(inside[inside >= 0]))
+    return Codes(np.array(found, np.float32).reshape(-1, code.shape[-1]), np.array(reached, np.int64))
+
+
+def _demonstrations(grid: GridConfig, episodes: int, seed: int) -> Demonstrations:
+    return demonstrate(grid, episodes, pretraining_tasks(grid), np.random.default_rng([seed, 7]))
