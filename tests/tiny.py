@@ -6,6 +6,7 @@ that never fires, and would pass tests that it should fail.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ def tiny_base(encoder: str = "planner", seed: int = 0, **options: Any) -> Trajec
     """Two blocks of width 16 on the 4 × 4 grid."""
     config = TrajectoryConfig(
         encoder=encoder,
-        encoder_options={"size": GRID.size, "colors": GRID.colors, "walls": GRID.walls, "hidden": 8},
+        environment=asdict(GRID),
+        encoder_options={"hidden": 8},
         backbone=llama_backbone(layers=2, width=WIDTH, heads=2, mlp=12),
         **options,
     )
@@ -48,9 +50,7 @@ def tiny_base(encoder: str = "planner", seed: int = 0, **options: Any) -> Trajec
     return base.eval()
 
 
-def tiny_metacontroller(
-    width: int = WIDTH, config: MetacontrollerConfig = SIZES, seed: int = 1
-) -> Metacontroller:
+def tiny_metacontroller(width: int = WIDTH, config: MetacontrollerConfig = SIZES, seed: int = 1) -> Metacontroller:
     """A metacontroller that steers visibly and whose switch depends on what it reads and on the code."""
     meta = Metacontroller(config, width)
     widen(meta, 0.4, seed)
@@ -111,7 +111,5 @@ def discovery(
     mask = torch.ones(observations.shape[:2], dtype=torch.bool) if mask is None else mask
     actions = torch.arange(mask.numel()).reshape(mask.shape) % 4
     residual = steered.residual(observations)
-    loss, metrics, _ = discovery_loss(
-        steered, residual, actions, mask, kl_coef=0.3, switch_cost=0.1, mode=mode
-    )
+    loss, metrics, _ = discovery_loss(steered, residual, actions, mask, kl_coef=0.3, switch_cost=0.1, mode=mode)
     return loss, metrics

@@ -61,9 +61,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     return tensors, json.loads(metadata["state"])
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, prefix: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimizer's state into tensors named `prefix.<parameter index>.<key>` and a JSON-able rest.
 
     Holds for optimizers whose per-parameter state is tensors and numbers (AdamW, Muon, SGD, ...).
@@ -88,9 +86,7 @@ def load_optimizer(
 
     Raises InternalRLError when the optimizer has other parameters than the stored one had.
     """
-    entries: dict[int, dict[str, Any]] = {
-        int(index): dict(values) for index, values in state["scalars"].items()
-    }
+    entries: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in state["scalars"].items()}
     for name, tensor in tensors.items():
         if name.startswith(prefix + "."):
             number, key = name.removeprefix(prefix + ".").split(".", 1)

@@ -66,7 +66,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         reads=True,
     ),
     "demo": Subcommand(
-        "internalrl.analysis.demo:main",
+        "internalrl.demo:main",
         "internalrl.stages:DemoConfig",
         "all three stages on the grid world, then the report",
     ),

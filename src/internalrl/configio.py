@@ -23,9 +23,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return values
 
 
-def from_dict(
-    cls: type[Config], values: Mapping[str, Any], *, base: Config | None = None, where: str = ""
-) -> Config:
+def from_dict(cls: type[Config], values: Mapping[str, Any], *, base: Config | None = None, where: str = "") -> Config:
     """A config of type `cls` with `values` over those of `base`, or over the defaults.
 
     Knows nested dataclasses, numbers, strings, booleans, paths, Literal, Optional, tuples, lists and dicts.
@@ -79,11 +77,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def _closest(key: Any, prefix: str, fields: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-    return (
-        f"did you mean {prefix}{close[0]}"
-        if close
-        else f"known are {', '.join(prefix + name for name in fields)}"
-    )
+    return f"did you mean {prefix}{close[0]}" if close else f"known are {', '.join(prefix + name for name in fields)}"
 
 
 def _convert(hint: Any, value: Any, current: Any, where: str, name: str) -> Any:

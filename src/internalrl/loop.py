@@ -64,9 +64,7 @@ class Loop:
     def log(self, **metrics: Any) -> None:
         """Append this step's metrics to the run; the numbers among them stand beside the progress bar."""
         self.run.log(self.stage, self.step, **metrics)
-        self._shown = {
-            name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))
-        }
+        self._shown = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
 
     def finish(self) -> None:
         """End the loop after this step, because its goal is reached."""
@@ -74,9 +72,7 @@ class Loop:
 
     def save(self) -> None:
         """Write the stage's checkpoint."""
-        tensors = {
-            f"{name}/{k}": v for name, module in self.modules.items() for k, v in module.state_dict().items()
-        }
+        tensors = {f"{name}/{k}": v for name, module in self.modules.items() for k, v in module.state_dict().items()}
         state: dict[str, Any] = {
             "step": self.step,
             "total": self.total,

@@ -179,9 +179,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(text) for text in texts if text.endswith("\n")]
     except ValueError as error:
-        raise InternalRLError(
-            f"{file} holds a line that is not JSON; remove that line, or the run."
-        ) from error
+        raise InternalRLError(f"{file} holds a line that is not JSON; remove that line, or the run.") from error
 
 
 def environment() -> dict[str, Any]:

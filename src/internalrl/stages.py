@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from internalrl.domains.grid_layouts import GridConfig
@@ -52,52 +53,94 @@ class MetacontrollerConfig:
     """Standard deviation of the controller's factors at the start."""
     encoder_gain: float = 6.0
     """Factor on the encoder's output weights at the start: codes that differ from the beginning survive the KL."""
+    encoder_log_std: float = -2.0
+    """Logarithm of the proposals' standard deviation at the start."""
     switch_bias: float = -1.5
     """Logit of an ignorant switch."""
+
+
+@dataclass(frozen=True)
+class ConsolidateConfig:
+    """Stage 2b: consolidation, which makes a code mean the same in every context."""
+
+    enabled: bool = True
+    """Off: the paper's discovery alone."""
+    episodes: int = 6144
+    """Reward-free episodes that the teacher plays; they count towards internal RL's episodes."""
+    steps: int = 600
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Episodes per step."""
+    lr: float = 2e-3
+    """AdamW learning rate; it falls linearly to zero over the second half."""
+    switch_coef: float = 0.3
+    """Weight of imitating the teacher's switches."""
 
 
 @dataclass(frozen=True)
 class DiscoverConfig:
     """Stage 2: discovery of abstract actions (paper, C.4), and the schedule that makes aligned switching reliable."""
 
-    steps: int = 800
-    """Optimiser steps."""
+    base: Path = Path("runs/pretrain")
+    """Run folder of the base model."""
+    metacontroller: MetacontrollerConfig = field(default_factory=MetacontrollerConfig)
+    """Sizes of the metacontroller."""
+    consolidate: ConsolidateConfig = field(default_factory=ConsolidateConfig)
+    """Stage 2b."""
+    form_steps: int = 350
+    """Steps with random switches and nearly free information, in which codes form."""
+    squeeze_steps: int = 250
+    """Steps with random switches in which α rises, so that codes keep only what pays: the subgoal."""
+    switch_steps: int = 350
+    """Steps in which the switch is learned."""
+    random_switch: float = 0.1
+    """Probability of a random switch; its inverse is the time for which codes learn to persist."""
     batch_size: int = 128
     """Episodes per step."""
     batches: int = 300
     """Batches whose lower-half residuals are computed once and then reused."""
-    lr: float = 3e-3
-    """AdamW learning rate."""
-    weight_decay: float = 0.03
-    """AdamW weight decay."""
     crop: float = 0.7
     """Probability that an episode begins at a visit to a coloured cell, so that codes depend less on context."""
-    switch: Literal["soft", "gumbel", "straight-through"] = "gumbel"
-    """How β is computed from its logit while training."""
+    lr: float = 3e-3
+    """AdamW learning rate."""
+    switch_lr: float = 1e-2
+    """AdamW learning rate of the switch."""
+    weight_decay: float = 0.03
+    """AdamW weight decay."""
+    switch: Literal["counterfactual", "straight-through", "gumbel", "soft"] = "counterfactual"
+    """How β is sampled and learned."""
     kl: Literal["switch-weighted", "every-step"] = "switch-weighted"
     """KL counted where a code is adopted (the exact ELBO, E.1) or at every step (the paper's loss, C.4)."""
-    kl_coef: float = 0.15
-    """Final α, in units of nats of action NLL per nat of KL."""
-    kl_coef_start: float = 0.003
-    """α until codes have formed."""
-    kl_anneal_steps: int = 250
-    """Steps of the geometric rise of α after the warm-up."""
-    switch_cost: float = 0.15
-    """Nats charged per switch."""
-    warmup_steps: int = 350
-    """Steps with random switches, so that codes learn to persist before the switch is learned."""
-    warmup_switch: float = 0.25
-    """Probability of a random switch."""
-    temperature_end: float = 0.5
-    """Final temperature of the Gumbel-sigmoid; it starts at 1."""
+    kl_coef_form: float = 0.003
+    """α while codes form, in nats of action NLL per nat of KL."""
+    kl_coef_squeeze: float = 0.1
+    """α at the end of the squeeze."""
+    kl_coef: float = 0.3
+    """Final α."""
+    switch_cost_start: float = 0.1
+    """Nats charged per switch when the switch begins to learn."""
+    switch_cost: float = 0.3
+    """Nats charged per switch in the end."""
+    rise_steps: int = 150
+    """Steps over which α and the switch cost rise to their final values while the switch is learned."""
 
 
 @dataclass(frozen=True)
 class ReinforceConfig:
     """Stage 3: internal RL (paper, C.5)."""
 
+    discovered: Path = Path("runs/discover")
+    """Run folder of base and adapter."""
+    agent: Literal["internal", "raw-action"] = "internal"
+    """Who learns: a policy over codes, or, as the baseline, the base model's own action distribution."""
+    controller: bool = True
+    """Off: no write-back at all, so that raw-action RL starts from the bare base."""
+    task: str = "0-1-2-3-4-5-6-7-0-1-2-3"
+    """Colours to visit in order; reward 1 for the whole of it."""
     episodes: int = 300_000
     """Most episodes."""
+    target: float = 0.97
+    """Stop when the mean success of the last five iterations reaches this."""
     batch_size: int = 1024
     """Episodes per iteration N."""
     lr: float = 4e-3
@@ -145,24 +188,6 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
-class ConsolidateConfig:
-    """Stage 2b: consolidation, which makes a code mean the same in every context."""
-
-    enabled: bool = True
-    """Off: the paper's discovery alone."""
-    episodes: int = 6144
-    """Reward-free episodes that the teacher plays; they count towards internal RL's episodes."""
-    steps: int = 600
-    """Optimiser steps."""
-    batch_size: int = 64
-    """Episodes per step."""
-    lr: float = 2e-3
-    """AdamW learning rate; it falls linearly to zero over the second half."""
-    switch_coef: float = 0.3
-    """Weight of imitating the teacher's switches."""
-
-
-@dataclass(frozen=True)
 class EvaluateConfig:
     """How a finished run's model is put to the test."""
 
@@ -190,3 +215,15 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise ValueError(f"--episodes is {self.episodes}; give 1 or more.")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """All three stages on the grid world; `discover.base` and `reinforce.discovered` are the demo's own."""
+
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """Stage 1."""
+    discover: DiscoverConfig = field(default_factory=DiscoverConfig)
+    """Stages 2 and 2b."""
+    reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
+    """Stage 3; its episodes include those of consolidation."""

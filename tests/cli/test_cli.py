@@ -59,9 +59,7 @@ def fake_stage(stage_config: FakeConfig, run: RunFolder) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def fake_subcommands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, reads in (("fake", False), ("look", True)):
-        entry = cli.Subcommand(
-            f"{__name__}:fake_stage", f"{__name__}:FakeConfig", "does nothing", reads=reads
-        )
+        entry = cli.Subcommand(f"{__name__}:fake_stage", f"{__name__}:FakeConfig", "does nothing", reads=reads)
         monkeypatch.setitem(cli.SUBCOMMANDS, name, entry)
     monkeypatch.setattr(config, "PRESETS", {"large": {"fake": {"shape": {"size": 99}, "rate": 9}}})
     monkeypatch.chdir(tmp_path)
@@ -173,13 +171,9 @@ def test_help_is_instant() -> None:
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.monotonic() - start < 1.0  # about 0.06 s on an idle machine
-    assert all(
-        name in done.stdout for name in ("pretrain", "discover", "reinforce", "evaluate", "report", "demo")
-    )
+    assert all(name in done.stdout for name in ("pretrain", "discover", "reinforce", "evaluate", "report", "demo"))
     assert done.stdout.endswith("light\n")
     assert (
         "0.1.0"
-        in subprocess.run(
-            [sys.executable, "-m", "internalrl.cli", "--version"], capture_output=True, text=True
-        ).stdout
+        in subprocess.run([sys.executable, "-m", "internalrl.cli", "--version"], capture_output=True, text=True).stdout
     )

@@ -101,9 +101,7 @@ class ReferenceMetacontroller:
             future[t] = s
         means, stds = [], []
         for t in range(length):
-            hidden = relu(
-                affine(self.w["encoder.0.weight"], self.w["encoder.0.bias"], x[t] + before[t] + future[t])
-            )
+            hidden = relu(affine(self.w["encoder.0.weight"], self.w["encoder.0.bias"], x[t] + before[t] + future[t]))
             out = affine(self.w["encoder.2.weight"], self.w["encoder.2.bias"], hidden)
             means.append(out[: self.config.n_z])
             stds.append([torch.exp(min(max(v, number(-5.0)), number(2.0))) for v in out[self.config.n_z :]])

@@ -57,9 +57,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return draw(BATCH, STEPS, WIDTH), draw(BATCH, STEPS, TINY.n_h, seed=1), draw(BATCH, STEPS, N_Z, seed=2)
 
 
-def compare_gradients(
-    meta: Metacontroller, reference: ReferenceMetacontroller, touched: tuple[str, ...]
-) -> None:
+def compare_gradients(meta: Metacontroller, reference: ReferenceMetacontroller, touched: tuple[str, ...]) -> None:
     """Gradients of every parameter; exactly those of the parts in `touched` must have one."""
     expected = {id(parameter) for parameter in meta.parameters_of(*touched)}
     for name, parameter in meta.named_parameters():
@@ -79,9 +77,7 @@ def test_read_normalises_over_units(meta: Metacontroller, inputs: tuple[Tensor, 
     close(meta.read(residual), array([[normalise(x) for x in row] for row in numbers(residual)]))
 
 
-def test_summarise(
-    meta: Metacontroller, reference: ReferenceMetacontroller, inputs: tuple[Tensor, ...]
-) -> None:
+def test_summarise(meta: Metacontroller, reference: ReferenceMetacontroller, inputs: tuple[Tensor, ...]) -> None:
     x = inputs[0]
     ours, theirs = meta.summarise(x), array([reference.summarise(row) for row in numbers(x)])
     close(ours, theirs)
@@ -96,8 +92,7 @@ def test_propose_with_right_padding(
     x, before, _ = inputs
     ours = meta.propose(x, before, MASK)
     theirs = [
-        reference.propose(*rows, length)
-        for *rows, length in zip(numbers(x), numbers(before), LENGTHS, strict=True)
+        reference.propose(*rows, length) for *rows, length in zip(numbers(x), numbers(before), LENGTHS, strict=True)
     ]
     mean, std = (torch.cat([array(row[part]) for row in theirs]) for part in (0, 1))
     close(ours.mean[MASK], mean)
@@ -134,8 +129,7 @@ def test_segment(
     torch.manual_seed(5)
     uniform = torch.rand(BATCH, STEPS, dtype=torch.float64)
     theirs = [
-        reference.segment(*rows, mode, TEMPERATURE)
-        for rows in zip(*map(numbers, (*inputs, uniform)), strict=True)
+        reference.segment(*rows, mode, TEMPERATURE) for rows in zip(*map(numbers, (*inputs, uniform)), strict=True)
     ]
     code, switch, logit = (array([row[part] for row in theirs]) for part in range(3))
     close(ours.code, code)
@@ -160,9 +154,7 @@ def test_hold(meta: Metacontroller, reference: ReferenceMetacontroller, inputs: 
     compare_gradients(meta, reference, ("switch",))
 
 
-def test_switch_logit(
-    meta: Metacontroller, reference: ReferenceMetacontroller, inputs: tuple[Tensor, ...]
-) -> None:
+def test_switch_logit(meta: Metacontroller, reference: ReferenceMetacontroller, inputs: tuple[Tensor, ...]) -> None:
     x, before, code = (part[0, 0] for part in inputs)
     ours = meta.switch_logit(meta.switch_context(torch.cat([x, before])), code)
     close(ours, reference.switch_logit(*map(numbers, (x, before, code))))
@@ -182,9 +174,7 @@ def test_advance_is_the_step_of_segment_and_summarise(
         assert bool(switch[row]) == bool(expected > 0 or row == 1)
 
 
-def test_control(
-    meta: Metacontroller, reference: ReferenceMetacontroller, inputs: tuple[Tensor, ...]
-) -> None:
+def test_control(meta: Metacontroller, reference: ReferenceMetacontroller, inputs: tuple[Tensor, ...]) -> None:
     residual, _, code = inputs
     ours = meta.control(residual, code)
     pairs = [zip(*rows, strict=True) for rows in zip(numbers(residual), numbers(code), strict=True)]

@@ -111,9 +111,7 @@ def test_a_base_folder_that_is_not_whole(tmp_path: Path) -> None:
 
 
 def tiny_llama() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=7, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
-    )
+    return LlamaConfig(vocab_size=7, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
 
 
 def test_fingerprint_depends_on_the_function_and_on_nothing_else(tmp_path: Path) -> None:

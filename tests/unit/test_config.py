@@ -38,9 +38,7 @@ class Outer:
             raise ValueError(f"steps is {self.steps}; give 1 or more.")
 
 
-CHANGED = Outer(
-    Inner(3, ("x", "y")), 0.5, 4, "slow", 2, "0-1", Inner(1), (3, 4.0), False, Path("b"), {"w": 1.0}
-)
+CHANGED = Outer(Inner(3, ("x", "y")), 0.5, 4, "slow", 2, "0-1", Inner(1), (3, 4.0), False, Path("b"), {"w": 1.0})
 
 
 @pytest.mark.parametrize("config", [Outer(), CHANGED])

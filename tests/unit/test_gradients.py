@@ -58,9 +58,7 @@ def test_parts_name_every_parameter_once() -> None:
 
 
 @pytest.mark.parametrize("mode", LEARNING_MODES)
-def test_discovery_reaches_all_of_the_metacontroller_and_nothing_else(
-    mode: str, observations: Tensor
-) -> None:
+def test_discovery_reaches_all_of_the_metacontroller_and_nothing_else(mode: str, observations: Tensor) -> None:
     """The switch among them; the base, through which the gradient flows, gets none."""
     steered = tiny_steered()
     discovery(steered, observations, mode)[0].backward()
@@ -72,9 +70,7 @@ def test_consolidation_reaches_all_but_the_encoder(observations: Tensor) -> None
     steered = tiny_steered()
     loss, _ = consolidation_loss(steered, lesson(steered, observations), switch_coef=0.3)
     loss.backward()
-    assert trained(steered.metacontroller) == names_of(
-        steered.metacontroller, "history", "switch", "controller"
-    )
+    assert trained(steered.metacontroller) == names_of(steered.metacontroller, "history", "switch", "controller")
     assert all(p.grad is None for p in steered.base.parameters())
 
 
@@ -155,9 +151,7 @@ def test_log_prob_is_that_of_the_code() -> None:
     policy = Policy(WIDTH, N_Z, hidden=6, initial_std=0.8)
     x, code = torch.randn(2, 3, WIDTH), codes(2, 3)
     mean, std = policy.mean(policy.recurrent(x)[0]), policy.log_std.exp()
-    expected = (
-        -0.5 * ((code - mean) / std) ** 2 - std.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))
-    ).sum(-1)
+    expected = (-0.5 * ((code - mean) / std) ** 2 - std.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))).sum(-1)
     close(policy.log_prob(x, code), expected)
 
 

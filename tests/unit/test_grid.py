@@ -173,9 +173,7 @@ def test_layouts_hold_every_object_once_and_are_solvable(config):
 def test_rejection_keeps_the_solvable_layouts_and_only_those():
     config = GridConfig(size=3, colors=2, walls=1)
     layouts = sample_layouts(config, 60_000, rng())
-    drawn = {
-        (*contents.tolist(), int(start)) for contents, start in zip(*vars(layouts).values(), strict=True)
-    }
+    drawn = {(*contents.tolist(), int(start)) for contents, start in zip(*vars(layouts).values(), strict=True)}
     solvable = set()
     for first, second, wall, start in np.ndindex(9, 9, 9, 9):
         if len({first, second, wall, start}) == 4:
@@ -246,9 +244,7 @@ def test_rules_match_the_scalar_ones(config):
                 outcomes.add(expected)
             assert (reward[n], terminated[n], truncated[n]) == expected
             assert [getattr(batch, name)[n] for name in STATE] == state
-    assert (
-        len(outcomes) == 4 or config is PAPER
-    )  # the small grid saw success, failure, time-out, and going on
+    assert len(outcomes) == 4 or config is PAPER  # the small grid saw success, failure, time-out, and going on
 
 
 def corridor(task: tuple[int, ...], horizon: int = 100) -> GridBatch:

@@ -96,9 +96,7 @@ def test_residual_is_read_before_it_is_steered(steered: SteeredModel, observatio
     decoding = steered.start(BATCH)
     steered.metacontroller.switch_head.bias.data.fill_(1e3)
     for t in range(STEPS):
-        steered.step(
-            observations[:, t], decoding, lambda rows, x: seen.append(x) or codes(len(rows), 1)[:, 0]
-        )
+        steered.step(observations[:, t], decoding, lambda rows, x: seen.append(x) or codes(len(rows), 1)[:, 0])
     hidden = steered.base.backbone(
         inputs_embeds=steered.base.encoder(observations)[0],
         output_hidden_states=True,
@@ -135,9 +133,7 @@ def test_rollout_asks_for_codes_only_in_running_episodes(steered: SteeredModel) 
     """A decision after an episode's end would be credited with its reward."""
     policy = Policy(WIDTH, N_Z, hidden=6, initial_std=1.0)
     actor = PolicyActor(policy, 24, torch.Generator().manual_seed(0))
-    played = rollout(
-        steered, environment(24), actor, temperature=1.0, generator=torch.Generator().manual_seed(0)
-    )
+    played = rollout(steered, environment(24), actor, temperature=1.0, generator=torch.Generator().manual_seed(0))
     _, chosen, mask = actor.segments()
     assert torch.equal(mask.sum(1), played.switch.sum(1))
     assert torch.equal(chosen[mask], played.code[played.switch])
@@ -171,9 +167,7 @@ def test_forgetting_is_each_segment_alone(steered: SteeredModel, observations: T
             close(again.switch_logit[0, 1:], decoded.switch_logit[row, begin + 1 : end])
 
 
-def test_peek_sees_what_step_will_see_and_leaves_no_trace(
-    steered: SteeredModel, observations: Tensor
-) -> None:
+def test_peek_sees_what_step_will_see_and_leaves_no_trace(steered: SteeredModel, observations: Tensor) -> None:
     for forget in (False, True):
         plain, _ = decode(steered, observations, codes(BATCH, STEPS), forget)
         decoding = steered.start(BATCH, forget)

@@ -50,17 +50,13 @@ def imported_parts(file: Path) -> Iterator[str]:
             assert node.level == 0, f"{file}: import by full name"
             modules = [node.module or ""]
             if node.module == "internalrl":  # `from internalrl import base` is an import of base
-                modules = [
-                    f"internalrl.{alias.name}" for alias in node.names if alias.name in LAYER_OF
-                ] or modules
+                modules = [f"internalrl.{alias.name}" for alias in node.names if alias.name in LAYER_OF] or modules
         else:
             continue
         yield from (part_of(module) for module in modules if module.split(".")[0] == "internalrl")
 
 
-@pytest.mark.parametrize(
-    "file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE))
-)
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_run_downward(file: Path) -> None:
     own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     assert own in LAYER_OF, f"give {own} a place in LAYERS"

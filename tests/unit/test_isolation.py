@@ -60,9 +60,7 @@ def test_dropping_rows_leaves_the_others_as_they_were(
     whole, _ = decode(steered, observations, proposals, forget)
     decoding = steered.start(BATCH, forget)
     for t in range(STEPS):
-        step = steered.step(
-            observations[kept, t], decoding, lambda rows, _, t=t, kept=kept: proposals[kept[rows], t]
-        )
+        step = steered.step(observations[kept, t], decoding, lambda rows, _, t=t, kept=kept: proposals[kept[rows], t])
         close(step.logits, whole.logits[kept, t])
         close(step.switch_logit, whole.switch_logit[kept, t])
         if t in (2, 5):  # the first and the last row leave, then the others change places

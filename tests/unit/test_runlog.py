@@ -138,9 +138,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path, loss: object) -> 
     assert not run.metrics()
 
 
-@pytest.mark.parametrize(
-    ("code", "reason"), [(errno.ENOSPC, "the disk is full"), (errno.EIO, "Input/output")]
-)
+@pytest.mark.parametrize(("code", "reason"), [(errno.ENOSPC, "the disk is full"), (errno.EIO, "Input/output")])
 def test_failed_save_leaves_the_older_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, reason: str
 ) -> None:

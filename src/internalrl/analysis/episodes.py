@@ -26,7 +26,7 @@ STRIP = 12
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps `begin` to `end` (the position after its last move is `path[end]`), and the colours entered on the way."""
+    """The moves of steps `begin` to `end` − 1, and the colours entered by them."""
 
     begin: int
     end: int
@@ -80,11 +80,9 @@ def player(grid: GridConfig, story: Story, number: int) -> str:
     name, steps = f"grid-{number}", len(story.path) - 1
     data = {
         "points": [[round(x, 1) for x in _center(grid, cell)] for cell in story.path],
-        "segments": [
-            {"begin": s.begin, "end": s.end, "stroke": s.stroke, "colors": s.colors} for s in story.segments
-        ],
+        "segments": [{"begin": s.begin, "end": s.end, "stroke": s.stroke, "colors": s.colors} for s in story.segments],
     }
-    x, y = _center(grid, story.path[0])
+    x, y = _center(grid, story.path[-1])
     strip = "".join(_small(grid, story, name, k) for k in range(min(len(story.segments), STRIP)))
     if len(story.segments) > STRIP:
         strip += f'<p class="more">and {len(story.segments) - STRIP} more segments</p>'
@@ -95,6 +93,7 @@ def player(grid: GridConfig, story: Story, number: int) -> str:
 <svg viewBox="0 0 {side} {side}" role="img" aria-label="Episode {number}, {escape(story.ending)}">
 <defs>{_board(grid, story.contents, name)}</defs><use href="#{name}"/>
 <g class="whole">{_whole(grid, story)}</g><polyline class="casing"/><polyline class="trail"/>
+<use href="#{name}-numbers"/>
 <circle class="agent" cx="{x:g}" cy="{y:g}" r="{CELL * 0.24:g}"/></svg>
 <div class="controls"><button type="button" aria-label="play or pause">Play</button>
 <input type="range" min="0" max="{steps}" value="{steps}" aria-label="step"></div>
@@ -112,8 +111,9 @@ def _small(grid: GridConfig, story: Story, name: str, k: int) -> str:
     (x, y), (u, v) = points[0], points[-1]
     return (
         f'<li><svg viewBox="0 0 {side} {side}" role="img" aria-label="Segment {k + 1}: {reached}">'
-        f'<use href="#{name}"/>{_line(points, segment.stroke, 2.2)}'
-        f'<circle cx="{x:g}" cy="{y:g}" r="9" class="start"/><circle cx="{u:g}" cy="{v:g}" r="11" class="agent"/></svg>'
+        f'<use href="#{name}"/>{_line(points, segment.stroke, 1.6)}'
+        f'<circle cx="{x:g}" cy="{y:g}" r="7" class="start"/>'
+        f'<circle cx="{u:g}" cy="{v:g}" r="10" class="agent"/><use href="#{name}-numbers"/></svg>'
         f"<span>{k + 1} → {reached}</span></li>"
     )
 
@@ -145,19 +145,20 @@ def _center(grid: GridConfig, cell: int) -> tuple[float, float]:
 
 
 def _board(grid: GridConfig, contents: NDArray[np.uint8], name: str) -> str:
-    """The cells, as a symbol that pictures of one episode share; numbers sit in the corner, off the path."""
-    drawn = []
+    """The cells `name`, and their numbers to be laid over a path, for all pictures of one episode.
+
+    Colours are pale, so that a path stands out. The size of the numbers is that of the text around.
+    """
+    cells, numbers = [], []
     for cell, content in enumerate(contents):
         row, column = divmod(cell, grid.size)
-        x, y = column * CELL + 1.5, row * CELL + 1.5
-        fill = "#eef0f3"
+        x, y, side = column * CELL + 1.5, row * CELL + 1.5, CELL - 3
+        fill = "#eff1f4"
         if content < grid.colors:
-            fill = "#{:02x}{:02x}{:02x}".format(*PALETTE[content % len(PALETTE)])
+            tint = (round(255 - 0.55 * (255 - part)) for part in PALETTE[content % len(PALETTE)])
+            fill = "#{:02x}{:02x}{:02x}".format(*tint)
+            numbers.append(f'<text x="{x + 3:g}" y="{y + 2:g}" dy=".8em">{content}</text>')
         elif content < grid.empty:
             fill = "#484e58"
-        side = CELL - 3
-        drawn.append(f'<rect x="{x:g}" y="{y:g}" width="{side}" height="{side}" rx="6" fill="{fill}"/>')
-        if content < grid.colors:
-            ink = "#1f2430" if np.mean(PALETTE[content % len(PALETTE)]) > 140 else "#fff"
-            drawn.append(f'<text x="{x + 4:g}" y="{y + 14:g}" fill="{ink}" class="number">{content}</text>')
-    return f'<g id="{name}">{"".join(drawn)}</g>'
+        cells.append(f'<rect x="{x:g}" y="{y:g}" width="{side}" height="{side}" rx="6" fill="{fill}"/>')
+    return f'<g id="{name}">{"".join(cells)}</g><g id="{name}-numbers" class="numbers">{"".join(numbers)}</g>'

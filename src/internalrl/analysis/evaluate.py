@@ -112,9 +112,7 @@ def bare(base: TrajectoryModel) -> SteeredModel:
     return steered
 
 
-def _proposer(
-    steered: SteeredModel, config: EvaluateConfig, episodes: int, generator: torch.Generator
-) -> Propose:
+def _proposer(steered: SteeredModel, config: EvaluateConfig, episodes: int, generator: torch.Generator) -> Propose:
     if config.controller == "policy":
         assert steered.policy is not None
         return PolicyActor(steered.policy, episodes, generator, config.deterministic)

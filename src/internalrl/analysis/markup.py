@@ -22,15 +22,15 @@ def curves(
     logged = [line for line in lines if line]
     if not logged:
         return ""
-    return figure(figures.curves(logged, x_label, y_label, levels, legend=len(lines) > 1, **options), caption)
+    return figure(figures.curves(logged, x_label, y_label, levels, **options), caption, options.get("wide", False))
 
 
-def figure(svg: str, caption: str) -> str:
+def figure(drawn: str, caption: str, wide: bool = False) -> str:
     """A plot with the sentence that says what it shows."""
-    return f'<figure class="plot">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
+    return f"<figure{' class="wide"' if wide else ''}>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def figures_of(text: str, shown: Iterable[str]) -> str:
+def gallery(text: str, shown: Iterable[str]) -> str:
     """Introduction and figures of a section; empty when there is no figure."""
     inside = "".join(shown)
     return f'<p>{text}</p><div class="figures">{inside}</div>' if inside else ""

@@ -128,9 +128,7 @@ def segment_subgoal(colors: NDArray[np.integer]) -> int:
     return int(colors[0]) // 2 if pair else NO_SUBGOAL
 
 
-def _segments(
-    entered: NDArray[np.integer], switch: NDArray[np.bool_], code: NDArray[np.float32]
-) -> Codes:
+def _segments(entered: NDArray[np.integer], switch: NDArray[np.bool_], code: NDArray[np.float32]) -> Codes:
     """The segments of N episodes that ended with a switch; the last one of each was cut off.
 
     `entered` (N, ≥ T) as from `entered_colors`, `switch` (N, T), `code` (N, T, n_z).

@@ -35,7 +35,11 @@ def main(config: ReportConfig, run: RunFolder) -> dict[str, Any]:
     )
     file = run.path / "report.html"
     write_atomic(file, page.encode())
-    return {"report": file, "sections": [name for name, _, _ in sections], "seconds": time.monotonic() - began}
+    return {
+        "report": file,
+        "sections": [name for name, _, _ in sections],
+        "seconds": time.monotonic() - began,
+    }
 
 
 def headline(material: Material) -> str:

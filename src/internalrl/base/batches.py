@@ -75,9 +75,7 @@ def demonstration_batches(
 def _crop_starts(
     config: GridConfig, demonstrations: Demonstrations, crop: float, rng: np.random.Generator
 ) -> np.ndarray:
-    content = np.take_along_axis(
-        demonstrations.layouts.contents, demonstrations.positions.astype(np.int64), 1
-    )
+    content = np.take_along_axis(demonstrations.layouts.contents, demonstrations.positions.astype(np.int64), 1)
     arrived = (content < config.colors) & demonstrations.mask
     chosen = (rng.random(arrived.shape) * arrived).argmax(1)
     return np.where((rng.random(len(chosen)) < crop) & arrived.any(1), chosen, 0)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-UNREACHED = (
-    30.0  # a path cost above any that occurs on a grid of at most 64 cells after the learned costs settle
-)
+from internalrl.domains.grid_layouts import GridConfig
+
+UNREACHED = 30.0
+"""A path cost above any that occurs on a grid of at most 64 cells, whatever costs are learned."""
 
 
 @dataclass
@@ -33,11 +34,11 @@ class EncoderState:
 class GridEncoder(nn.Module):
     """Base of the grid encoders: reads (cell contents, agent's cell) back from the one-hot observation."""
 
-    def __init__(self, size: int, colors: int, walls: int):
+    def __init__(self, grid: GridConfig):
         super().__init__()
-        self.size, self.colors, self.walls = size, colors, walls
-        self.cells, self.contents = size * size, colors + walls + 1
-        self.observation_size = self.target_size = self.cells * self.contents
+        self.size, self.colors, self.cells = grid.size, grid.colors, grid.cells
+        self.contents = grid.channels  # as many as an observed cell has channels: "empty" in place of the agent
+        self.observation_size = grid.observation_size
         self.target_size = self.cells
 
     def position(self, observations: Tensor) -> Tensor:
@@ -52,11 +53,9 @@ class GridEncoder(nn.Module):
 class OneHotEncoder(GridEncoder):
     """The paper's path: the one-hot observation through one hidden layer."""
 
-    def __init__(self, size: int, colors: int, walls: int, width: int, hidden: int = 256):
-        super().__init__(size, colors, walls)
-        self.mlp = nn.Sequential(
-            nn.Linear(self.observation_size, hidden), nn.ReLU(), nn.Linear(hidden, width)
-        )
+    def __init__(self, grid: GridConfig, width: int, hidden: int = 256):
+        super().__init__(grid)
+        self.mlp = nn.Sequential(nn.Linear(self.observation_size, hidden), nn.ReLU(), nn.Linear(hidden, width))
 
     def forward(
         self, observations: Tensor, state: EncoderState | None = None, fresh: Tensor | None = None
@@ -75,12 +74,12 @@ class PlanningEncoder(GridEncoder):
     neighbours, colours can be goals), so every result says which encoder it used.
     """
 
-    def __init__(self, size: int, colors: int, walls: int, width: int, hidden: int = 256, rounds: int = 16):
-        super().__init__(size, colors, walls)
+    def __init__(self, grid: GridConfig, width: int, hidden: int = 256, rounds: int = 16):
+        super().__init__(grid)
         self.rounds = rounds
-        self.log_cost = nn.Parameter(torch.zeros(colors, self.contents))
+        self.log_cost = nn.Parameter(torch.zeros(grid.colors, self.contents))
         self.log_sharpness = nn.Parameter(torch.tensor(1.0))
-        self.features = colors * 4 + colors + 2 + self.contents
+        self.features = 5 * grid.colors + 2 + self.contents
         self.mlp = nn.Sequential(nn.Linear(self.features, hidden), nn.ReLU(), nn.Linear(hidden, width))
         self.linear = nn.Linear(self.features, width)
         self.shift = nn.Linear(self.features, width, bias=False)
@@ -90,9 +89,7 @@ class PlanningEncoder(GridEncoder):
         size, batch = self.size, len(first_observation)
         objects = first_observation.unflatten(-1, (self.cells, self.contents))[..., :-1].float()
         content = torch.cat([objects, 1 - objects.sum(-1, keepdim=True)], -1)  # the last content is "empty"
-        entry = (
-            (content @ self.log_cost.exp().T).transpose(1, 2).unflatten(-1, (size, size))
-        )  # (B, C, size, size)
+        entry = (content @ self.log_cost.exp().T).transpose(1, 2).unflatten(-1, (size, size))  # (B, C, size, size)
         goal = objects[..., : self.colors].transpose(1, 2).unflatten(-1, (size, size)).bool()
         edge = (1, 1, 1, 1)
         distance = torch.where(goal, 0.0, UNREACHED).expand(batch, -1, -1, -1)

@@ -5,6 +5,7 @@ L = −log p(a_t | o_1:t) − λ log p(o_{t+1} | o_1:t). No rewards, goals or ta
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def build(config: BaseConfig, grid: GridConfig) -> TrajectoryModel:
     return TrajectoryModel(
         TrajectoryConfig(
             encoder=config.encoder,
-            encoder_options={"size": grid.size, "colors": grid.colors, "walls": grid.walls},
+            environment=asdict(grid),
             backbone=llama_backbone(config.layers, config.width, config.heads, config.mlp),
             relative_buckets=config.relative_buckets,
             relative_distance=config.relative_distance,
@@ -49,10 +50,6 @@ def build(config: BaseConfig, grid: GridConfig) -> TrajectoryModel:
 def pretrain(model: TrajectoryModel, config: PretrainConfig, run: RunFolder) -> Loop:
     """The training loop; returns it finished, for its times."""
     optimizers = make_optimizers(model, config)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, config))
-        for optimizer in optimizers.values()
-    ]
     loop = Loop(run, "pretrain", config.steps, {"base": model}, optimizers)
     batches = None
     model.train()
@@ -61,8 +58,7 @@ def pretrain(model: TrajectoryModel, config: PretrainConfig, run: RunFolder) -> 
             config.grid, config.batch_size, run.seed, step, config.crop, config.noise
         )
         action_nll, observation_nll = losses(model, next(batches))
-        for schedule in schedules:
-            schedule.step(step)
+        set_rate(optimizers, rate_at(step, config))
         optimise(action_nll + config.observation_coef * observation_nll, *optimizers.values())
         if step % LOG_EVERY == 0 or step == config.steps - 1:
             loop.log(nll=action_nll.item(), observation_nll=observation_nll.item())
@@ -92,6 +88,13 @@ def make_optimizers(model: TrajectoryModel, config: PretrainConfig) -> dict[str,
     if matrices:
         optimizers["muon"] = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
     return optimizers
+
+
+def set_rate(optimizers: dict[str, torch.optim.Optimizer], factor: float) -> None:
+    """Set every learning rate to `factor` times the one the optimiser was made with."""
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = factor * optimizer.defaults["lr"]
 
 
 def rate_at(step: int, config: PretrainConfig) -> float:

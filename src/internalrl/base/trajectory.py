@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
 from internalrl.base.encoders import ENCODERS, EncoderState
+from internalrl.domains.grid_layouts import GridConfig
 from internalrl.errors import InternalRLError
 
 
@@ -23,7 +24,8 @@ class TrajectoryConfig(PretrainedConfig):
 
     Args:
         encoder: "one-hot" (the paper's) or "planner" (learned shortest paths).
-        encoder_options: keyword arguments of the encoder, e.g. size, colors, walls.
+        environment: the `GridConfig` that the observations come from, as a dict.
+        encoder_options: further keyword arguments of the encoder, such as `hidden`.
         actions: number of discrete actions.
         backbone: configuration of any Hugging Face decoder as a dict with its `model_type`.
         relative_buckets: buckets of the learned relative position bias that replaces the backbone's own
@@ -36,6 +38,7 @@ class TrajectoryConfig(PretrainedConfig):
     def __init__(
         self,
         encoder: str = "planner",
+        environment: dict[str, Any] | None = None,
         encoder_options: dict[str, Any] | None = None,
         actions: int = 4,
         backbone: dict[str, Any] | None = None,
@@ -44,12 +47,18 @@ class TrajectoryConfig(PretrainedConfig):
         **kwargs: Any,
     ):
         self.encoder = encoder
-        self.encoder_options = dict(encoder_options or {"size": 7, "colors": 8, "walls": 4})
+        self.environment = dict(environment or {})
+        self.encoder_options = dict(encoder_options or {})
         self.actions = actions
         self.backbone = dict(backbone or llama_backbone())
         self.relative_buckets = relative_buckets
         self.relative_distance = relative_distance
         super().__init__(**kwargs)
+
+    @property
+    def grid(self) -> GridConfig:
+        """The grid world that the observations come from."""
+        return GridConfig(**self.environment)
 
     @property
     def hidden_size(self) -> int:
@@ -94,7 +103,7 @@ class TrajectoryModel(PreTrainedModel):
     def __init__(self, config: TrajectoryConfig):
         super().__init__(config)
         width = config.hidden_size
-        self.encoder = ENCODERS[config.encoder](width=width, **config.encoder_options)
+        self.encoder = ENCODERS[config.encoder](config.grid, width, **config.encoder_options)
         options = dict(config.backbone)
         self.backbone = AutoModel.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
         self.action_head = nn.Linear(width, config.actions)
@@ -155,9 +164,7 @@ class TrajectoryModel(PreTrainedModel):
             return {}
         query = torch.arange(past, past + length, device=like.device)[:, None]
         distance = query - torch.arange(past + length, device=like.device)
-        bucket = relative_bucket(
-            distance.clamp(min=0), self.config.relative_buckets, self.config.relative_distance
-        )
+        bucket = relative_bucket(distance.clamp(min=0), self.config.relative_buckets, self.config.relative_distance)
         bias = self.relative_bias(bucket).permute(2, 0, 1)[None]  # (1, heads, T, past + T)
         hidden = (distance < 0)[None, None]
         if segments is not None:
@@ -190,18 +197,14 @@ def relative_bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor
 class _PreallocatedLayer(DynamicLayer):
     """Keys and values written in place into a buffer that doubles, instead of concatenated at every step."""
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.used = 0
             self.buffer = key_states.new_empty(2, *key_states.shape[:2], 0, key_states.shape[-1])
         end = self.used + key_states.shape[-2]
         if end > self.buffer.shape[-2]:
-            grown = self.buffer.new_empty(
-                *self.buffer.shape[:-2], max(2 * self.used, end, 16), self.buffer.shape[-1]
-            )
+            grown = self.buffer.new_empty(*self.buffer.shape[:-2], max(2 * self.used, end, 16), self.buffer.shape[-1])
             grown[..., : self.used, :] = self.buffer[..., : self.used, :]
             self.buffer = grown
         self.buffer[0, :, :, self.used : end] = key_states

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internalrl.discovery.evaluate import free_play
-from internalrl.domains.grid import GridConfig, observe
+from internalrl.domains.grid import observe
 from internalrl.loop import Loop, optimise
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
@@ -53,26 +53,27 @@ def consolidation_loss(steered: SteeredModel, lesson: Lesson, switch_coef: float
     return kl + switch_coef * bce, {"kl": float(kl.detach()), "switch_loss": float(bce.detach())}
 
 
-def teach(steered: SteeredModel, config: ConsolidateConfig, grid: GridConfig, seed: int) -> list[Lesson]:
+def teach(steered: SteeredModel, config: ConsolidateConfig, seed: int) -> list[Lesson]:
     """What the forgetful teacher does with random codes: no task, no reward, no end before the horizon."""
+    grid = steered.base.config.grid
     play = free_play(steered, grid, config.episodes, seed, forget=True)
     lessons = []
     for part in torch.arange(config.episodes).split(config.batch_size):
         observations = torch.from_numpy(observe(grid, play.contents[part], play.positions[part]))
         r = play.rollout
-        lessons.append(Lesson(steered.residual(observations), r.code[part], r.switch[part], r.logits[part], r.mask[part]))
+        lessons.append(
+            Lesson(steered.residual(observations), r.code[part], r.switch[part], r.logits[part], r.mask[part])
+        )
     return lessons
 
 
-def consolidate(steered: SteeredModel, config: ConsolidateConfig, grid: GridConfig, run: RunFolder) -> Loop:
+def consolidate(steered: SteeredModel, config: ConsolidateConfig, run: RunFolder) -> Loop:
     """Let the forgetful teacher play with random codes, then train the student on what it did."""
     meta = steered.metacontroller
-    optimizer = torch.optim.AdamW(
-        meta.parameters_of("history", "switch", "controller"), lr=config.lr, weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(meta.parameters_of("history", "switch", "controller"), lr=config.lr, weight_decay=0.0)
     choice = torch.Generator().manual_seed(run.seed + 3)
     loop = Loop(run, "consolidate", config.steps, {"metacontroller": meta}, {"adamw": optimizer}, {"choice": choice})
-    lessons = teach(steered, config, grid, run.seed)
+    lessons = teach(steered, config, run.seed)
     for step in loop:
         lesson = lessons[int(torch.randint(len(lessons), (1,), generator=choice))]
         loss, metrics = consolidation_loss(steered, lesson, config.switch_coef)

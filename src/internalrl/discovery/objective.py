@@ -1,19 +1,57 @@
 """The discovery objective: −ELBO of the actions with a code per segment (paper, C.4 and E.1).
 
-L = Σ_t −log p(a_t | o_1:t, z_1:t) + α Σ_t w_t KL_t + c Σ_{t>1} β_t, divided by the number of actions, with w = β for the exact
-ELBO or w = 1 for the paper's loss. The switch cost c is ours: without it a new code at every step is a local optimum.
+L = Σ_t −log p(a_t | o_1:t, z_1:t) + α Σ_t w_t KL_t + c Σ_{t>1} β_t, divided by the number of actions, with w = β for the
+exact ELBO or w = 1 for the paper's loss. The switch cost c is ours: without it a new code at every step is a local
+optimum. So is the counterfactual gradient of the switch: see `switch_loss`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internalrl.metacontroller.model import Segmentation
+from internalrl.metacontroller.model import Proposals, Segmentation, SwitchMode, held_code
 from internalrl.metacontroller.steered import SteeredModel
+
+SAMPLING_TEMPERATURE = 1 / 3  # of switches under the counterfactual gradient: close to what they will be at test time
+LARGEST_EFFECT = 2.0  # nats; one edit never counts for more
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """α (`kl_coef`) in nats of NLL per nat of KL, counted as `kl` says; c (`switch_cost`) in nats per switch."""
+
+    kl_coef: float
+    switch_cost: float
+    kl: str = "switch-weighted"
+
+
+@dataclass
+class Episodes:
+    """Demonstrations as discovery sees them: residual (B, T, n_e), actions (B, T), mask (B, T)."""
+
+    residual: Tensor
+    actions: Tensor
+    mask: Tensor
+
+    def repeat(self, times: int) -> Episodes:
+        return Episodes(*(v.repeat(times, *[1] * (v.ndim - 1)) for v in vars(self).values()))
+
+
+@dataclass
+class Terms:
+    """Per episode, all (B,): `nll` and `kl` in nats, `switches` after the first step."""
+
+    nll: Tensor
+    kl: Tensor
+    switches: Tensor
+
+    def total(self, coefficients: Coefficients) -> Tensor:
+        """The loss of each episode in nats."""
+        return self.nll + coefficients.kl_coef * self.kl + coefficients.switch_cost * self.switches
 
 
 def action_nll(logits: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
@@ -21,48 +59,106 @@ def action_nll(logits: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(logits[mask], actions[mask])
 
 
+def elbo_terms(
+    steered: SteeredModel,
+    episodes: Episodes,
+    code: Tensor,
+    switch: Tensor,
+    kl: Tensor,
+    coefficients: Coefficients,
+) -> Terms:
+    """The terms for codes (B, T, n_z) held between switches (B, T); kl (B, T) of every step's proposal."""
+    logits = steered(episodes.residual, code)
+    nll = F.cross_entropy(logits.transpose(1, 2), episodes.actions, reduction="none")
+    weight = switch if coefficients.kl == "switch-weighted" else torch.ones_like(switch)
+    mask = episodes.mask
+    return Terms((nll * mask).sum(1), (weight * kl * mask).sum(1), (switch * mask)[:, 1:].sum(1))
+
+
 def discovery_loss(
     steered: SteeredModel,
-    residual: Tensor,
-    actions: Tensor,
-    mask: Tensor,
-    *,
-    kl_coef: float,
-    switch_cost: float,
-    mode: str,
+    episodes: Episodes,
+    coefficients: Coefficients,
+    mode: SwitchMode | str,
     temperature: float = 1.0,
-    kl: str = "switch-weighted",
     random_switch: float | None = None,
-) -> tuple[Tensor, dict[str, Any], Segmentation]:
-    """Loss, what to log of it, and the segmentation.
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss per action, and what to log of it.
 
     Args:
-        residual: (B, T, n_e) of the frozen base; actions, mask: (B, T).
+        mode: how the switch is sampled and learned: "counterfactual", or a mode of `Metacontroller.segment`.
         random_switch: probability of switches that ignore the learned one (warm-up); None uses `mode`.
     """
-    meta = steered.metacontroller
-    x = meta.read(residual)
+    meta, mask = steered.metacontroller, episodes.mask
+    x = meta.read(episodes.residual)
     before = meta.summarise(x)
     proposals = meta.propose(x, before, mask)
-    if random_switch is None:
-        segments = meta.segment(x, before, proposals.sample, mode, temperature)
-    else:
+    learned = torch.zeros(())
+    if random_switch is not None:
         switch = (torch.rand(mask.shape) < random_switch).to(x.dtype)
         switch[:, 0] = 1
         segments = meta.hold(x, before, proposals.sample, switch)
-    nll = action_nll(steered(residual, segments.code), actions, mask)
-    count = mask.sum()
-    weight = segments.switch if kl == "switch-weighted" else torch.ones_like(segments.switch)
-    rate = (weight * proposals.kl() * mask).sum() / count
-    density = (segments.switch * mask)[:, 1:].sum() / count
-    loss = nll + kl_coef * rate + switch_cost * density
-    probability = torch.sigmoid(segments.logit.detach())[:, 1:][mask[:, 1:]]
-    episodes = len(actions)
-    metrics = {
-        "loss": loss,
-        "nll": nll,
-        "kl": rate * count / episodes,
-        "switches": density * count / episodes,
-        "bimodality": ((probability < 0.1) | (probability > 0.9)).float().mean(),
+    elif mode == "counterfactual":
+        with torch.no_grad():
+            drawn = meta.segment(x, before, proposals.sample, "straight-through", SAMPLING_TEMPERATURE)
+        segments = meta.hold(x, before, proposals.sample, drawn.switch)
+        learned = switch_loss(steered, episodes, coefficients, x, before, proposals, drawn)
+    else:
+        segments = meta.segment(x, before, proposals.sample, mode, temperature)
+    terms = elbo_terms(steered, episodes, segments.code, segments.switch, proposals.kl(), coefficients)
+    loss = terms.total(coefficients).sum() / mask.sum()
+    certain = torch.sigmoid(segments.logit.detach())[:, 1:][mask[:, 1:]]
+    return loss + learned, {
+        "loss": loss.item(),
+        "nll": (terms.nll.sum() / mask.sum()).item(),
+        "kl": terms.kl.mean().item(),
+        "switches": terms.switches.mean().item(),
+        "bimodality": ((certain < 0.1) | (certain > 0.9)).float().mean().item(),
     }
-    return loss, {name: float(value.detach()) for name, value in metrics.items()}, segments
+
+
+def switch_loss(
+    steered: SteeredModel,
+    episodes: Episodes,
+    coefficients: Coefficients,
+    x: Tensor,
+    before: Tensor,
+    proposals: Proposals,
+    drawn: Segmentation,
+    edits: int = 3,
+) -> Tensor:
+    """Counterfactual gradient of the switch: would the episode's loss fall if β_t were the other way round?
+
+    For a few steps t of every episode the exact loss is computed with β_t flipped and all else, the noise of the
+    codes too, left as it was. The switch is then trained to classify "β_t = 1 is cheaper", each case weighted by
+    how much it matters. Its decision boundary is where a switch begins to pay; no relaxed β leaks information, and
+    neither an open nor a closed gate stops learning.
+    """
+    meta, rows = steered.metacontroller, torch.arange(len(x))
+    steps = [_steps_to_flip(drawn.switch, episodes.mask) for _ in range(edits)]
+    with torch.no_grad():
+        switch = drawn.switch.repeat(edits + 1, 1)
+        for i, step in enumerate(steps, start=1):
+            switch[i * len(x) + rows, step] = 1 - drawn.switch[rows, step]
+        many = edits + 1
+        code = held_code(proposals.sample.repeat(many, 1, 1), switch)
+        terms = elbo_terms(steered, episodes.repeat(many), code, switch, proposals.kl().repeat(many, 1), coefficients)
+        cost = terms.total(coefficients).unflatten(0, (many, len(x)))
+    logit = meta.hold(x, before, proposals.sample.detach(), drawn.switch).logit
+    loss = torch.zeros(())
+    for i, step in enumerate(steps, start=1):
+        effect = (cost[i] - cost[0]) * torch.where(drawn.switch[rows, step] > 0.5, -1.0, 1.0)  # of β = 1 over β = 0
+        cheaper = (effect < 0).to(x.dtype)
+        weight = effect.abs().clamp(max=LARGEST_EFFECT)
+        loss = loss + (weight * F.binary_cross_entropy_with_logits(logit[rows, step], cheaper, reduction="none")).mean()
+    return loss / edits
+
+
+def _steps_to_flip(switch: Tensor, mask: Tensor) -> Tensor:
+    """(B,): one step t > 0 of each episode; half of the time one with a switch, where there is any."""
+    later = mask.to(switch.dtype)
+    later[:, 0] = 0
+    later[:, 1] += 1e-9  # an episode of one step has none: its padding may be flipped without effect
+    on = switch * later
+    wanted = (torch.rand(len(mask), 1) < 0.5) & (on.sum(1, keepdim=True) > 0)
+    return torch.multinomial(torch.where(wanted, on, later), 1).squeeze(1)

@@ -1,20 +1,19 @@
-"""Stage 2: discovery on the frozen base, then consolidation (paper, C.4; consolidation is ours)."""
+"""Stage 2: discovery of abstract actions in the frozen base, then consolidation (paper, C.4; consolidation is ours)."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from internalrl.base.batches import Batch, demonstration_batches
-from internalrl.base.trajectory import TrajectoryModel
+from internalrl.base.batches import demonstration_batches
+from internalrl.base.trajectory import load_trajectory_model
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.evaluate import alignment, pass_rates
-from internalrl.discovery.objective import discovery_loss
+from internalrl.discovery.objective import Coefficients, Episodes, discovery_loss
 from internalrl.loop import Loop, optimise
+from internalrl.metacontroller.model import Metacontroller
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
 from internalrl.stages import DiscoverConfig
@@ -23,40 +22,93 @@ LOG_EVERY = 10
 EVALUATE_EVERY = 100
 
 
-def discover(steered: SteeredModel, config: DiscoverConfig, run: RunFolder) -> Loop:
-    """Train the metacontroller on demonstrations; the base stays frozen.
+def main(config: DiscoverConfig, run: RunFolder) -> dict[str, Any]:
+    """Discover and consolidate on the base model of another run; save base and adapter to `run`."""
+    base = load_trajectory_model(config.base / "base")
+    base.save_pretrained(run.path / "base")
+    torch.manual_seed(run.seed)
+    steered = SteeredModel.from_base(base, config.metacontroller)
+    seconds = discover(steered, config, run).seconds
+    if config.consolidate.enabled:
+        seconds += consolidate(steered, config.consolidate, run).seconds
+    steered.save_pretrained(run.path / "adapter", {"discover": {"seed": run.seed}})
+    return {**evaluate(steered, run.seed), "seconds": seconds}
 
-    Three phases: random switches, so that codes form and persist; the switch is learned while α rises; both are
-    refined at the final α.
+
+def discover(steered: SteeredModel, config: DiscoverConfig, run: RunFolder) -> Loop:
+    """Train the metacontroller on demonstrations, in three phases; the base stays frozen.
+
+    Codes form under random switches, when information is nearly free; they are squeezed, still under random
+    switches, until they hold little but the subgoal; only then is it worth asking when to switch.
     """
-    meta, grid = steered.metacontroller, config.grid
-    optimizer = torch.optim.AdamW(meta.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    stream = demonstration_batches(grid, config.batch_size, run.seed + 1, crop=config.crop)
-    corpus = [(batch, steered.residual(batch.observations)) for batch, _ in zip(stream, range(config.batches))]
+    meta, grid = steered.metacontroller, steered.base.config.grid
+    corpus = read_corpus(steered, config, run.seed)
     held_out = next(demonstration_batches(grid, 512, run.seed + 2))
+    optimizer = make_optimizer(meta, config)
     choice = torch.Generator().manual_seed(run.seed)
-    loop = Loop(run, "discover", config.steps, {"metacontroller": meta}, {"adamw": optimizer}, {"choice": choice})
+    learn_from = config.form_steps + config.squeeze_steps
+    total = learn_from + config.switch_steps
+    loop = Loop(run, "discover", total, {"metacontroller": meta}, {"adamw": optimizer}, {"choice": choice})
     for step in loop:
-        batch, residual = corpus[int(torch.randint(len(corpus), (1,), generator=choice))]
-        if step == config.warmup_steps:
+        if step == learn_from:
             meta.reset_switch()
-        risen = min(max(step - config.warmup_steps, 0) / max(config.kl_anneal_steps, 1), 1.0)
-        loss, metrics, _ = discovery_loss(
+        episodes = corpus[int(torch.randint(len(corpus), (1,), generator=choice))]
+        loss, metrics = discovery_loss(
             steered,
-            residual,
-            batch.actions,
-            batch.mask,
-            kl_coef=config.kl_coef_start * (config.kl_coef / config.kl_coef_start) ** risen,
-            switch_cost=config.switch_cost,
-            mode=config.switch,
-            temperature=1 + (config.temperature_end - 1) * risen,
-            kl=config.kl,
-            random_switch=config.warmup_switch if step < config.warmup_steps else None,
+            episodes,
+            coefficients_at(step, config),
+            config.switch,
+            random_switch=config.random_switch if step < learn_from else None,
         )
         optimise(loss, optimizer)
-        last = step == config.steps - 1
+        last = step == total - 1
         if step % LOG_EVERY == 0 or last:
             if step % EVALUATE_EVERY == 0 or last:
                 metrics |= alignment(steered, held_out) | pass_rates(steered, grid, 64, run.seed)
             loop.log(**metrics)
+    warn_of_collapse(metrics)
     return loop
+
+
+def read_corpus(steered: SteeredModel, config: DiscoverConfig, seed: int) -> list[Episodes]:
+    """Demonstrations with the frozen lower half's residuals, computed once."""
+    stream = demonstration_batches(steered.base.config.grid, config.batch_size, seed + 1, crop=config.crop)
+    batches = (next(stream) for _ in range(config.batches))
+    return [Episodes(steered.residual(batch.observations), batch.actions, batch.mask) for batch in batches]
+
+
+def make_optimizer(meta: Metacontroller, config: DiscoverConfig) -> torch.optim.Optimizer:
+    """AdamW, with its own rate for the switch."""
+    switch = meta.parameters_of("switch")
+    rest = meta.parameters_of("history", "encoder", "controller")
+    groups = [{"params": rest}, {"params": switch, "lr": config.switch_lr}]
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def coefficients_at(step: int, config: DiscoverConfig) -> Coefficients:
+    """α and c at a step: both rise geometrically, α in the squeeze and again, with c, as the switch is learned."""
+    squeezed = min(max(step - config.form_steps, 0) / max(config.squeeze_steps, 1), 1.0)
+    learning = step - config.form_steps - config.squeeze_steps
+    risen = min(max(learning, 0) / max(config.rise_steps, 1), 1.0)
+    return Coefficients(
+        config.kl_coef_form ** (1 - squeezed) * config.kl_coef_squeeze ** (squeezed - risen) * config.kl_coef**risen,
+        config.switch_cost_start ** (1 - risen) * config.switch_cost**risen,
+        config.kl,
+    )
+
+
+def warn_of_collapse(metrics: dict[str, Any]) -> None:
+    """Warn when hard switches are far from the time scale that codes were trained to persist for, or say nothing."""
+    if metrics["hard_switches"] < 0.05:
+        warnings.warn("The switch has collapsed: it never fires after the first step.", stacklevel=2)
+    elif metrics["hard_switches"] > 5 * metrics["true_switches"]:
+        warnings.warn("The switch has collapsed: a new code is sent at nearly every step.", stacklevel=2)
+    if metrics["kl"] < 0.1:
+        warnings.warn("The codes have collapsed onto the prior: they carry no information.", stacklevel=2)
+
+
+def evaluate(steered: SteeredModel, seed: int) -> dict[str, Any]:
+    """Alignment on fresh demonstrations and the pass rates of random codes."""
+    grid = steered.base.config.grid
+    batch = next(demonstration_batches(grid, 1024, seed + 10**6))
+    return {**alignment(steered, batch), "pass_rates": pass_rates(steered, grid, 512, seed)}

@@ -74,14 +74,10 @@ def parse_task(text: str, config: GridConfig) -> tuple[int, ...]:
     try:
         task = tuple(int(part) for part in text.split("-"))
     except ValueError:
-        raise ValueError(
-            f"task {text!r} is not a list of colours; write colour numbers like 0-1-4-5."
-        ) from None
+        raise ValueError(f"task {text!r} is not a list of colours; write colour numbers like 0-1-4-5.") from None
     unknown = [color for color in task if color >= config.colors]
     if unknown:
-        raise ValueError(
-            f"task {text!r} names colour {unknown[0]}; this grid has colours 0 to {config.colors - 1}."
-        )
+        raise ValueError(f"task {text!r} names colour {unknown[0]}; this grid has colours 0 to {config.colors - 1}.")
     if any(a == b for a, b in pairwise(task)):
         raise ValueError(f"task {text!r} seeks a colour twice in a row; put another colour in between.")
     return task
@@ -107,9 +103,7 @@ class GridBatch:
     reward 0. Completing the task gives reward 1 and ends the episode; `config.horizon` steps truncate it.
     """
 
-    def __init__(
-        self, config: GridConfig, layouts: Layouts, task: Sequence[int] | NDArray[np.integer]
-    ) -> None:
+    def __init__(self, config: GridConfig, layouts: Layouts, task: Sequence[int] | NDArray[np.integer]) -> None:
         """`task` is one task for all rows, or (N, L), a task per row padded with −1 (see `task_table`)."""
         self.config = config
         self.layouts = layouts
@@ -134,9 +128,7 @@ class GridBatch:
         """(N, observation_size) one-hot observations of the current state."""
         return observe(self.config, self.layouts.contents, self.position)
 
-    def step(
-        self, actions: NDArray[np.integer]
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
+    def step(self, actions: NDArray[np.integer]) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
         """Play one action (N,) per row; returns reward, terminated, truncated, each (N,).
 
         Rows that had already ended stay as they are and give 0, False, False.
@@ -271,9 +263,7 @@ def demonstrate(
         raise ValueError(f"noise is {noise}; it is a probability, between 0 and 1.")
     table = task_table(tasks)
     if table.max() >= config.colors:
-        raise ValueError(
-            f"the tasks name colour {table.max()}; this grid has colours 0 to {config.colors - 1}."
-        )
+        raise ValueError(f"the tasks name colour {table.max()}; this grid has colours 0 to {config.colors - 1}.")
     layouts = sample_layouts(config, count, rng)
     task = rng.integers(0, len(tasks), count)
     record = np.zeros((3, config.horizon, count), np.int16)  # position, action, progress

@@ -153,9 +153,7 @@ def sample_layouts(config: GridConfig, count: int, rng: np.random.Generator) -> 
     return Layouts(contents, np.concatenate([layouts.start for layouts in kept])[:count])
 
 
-def observe(
-    config: GridConfig, contents: NDArray[np.uint8], positions: NDArray[np.integer]
-) -> NDArray[np.uint8]:
+def observe(config: GridConfig, contents: NDArray[np.uint8], positions: NDArray[np.integer]) -> NDArray[np.uint8]:
     """One-hot observations (N, observation_size) or (N, T, observation_size), laid out as (cells, channels).
 
     `contents` is (N, cells), `positions` (N,) or (N, T). The last channel of a cell is the agent; a cell has

@@ -19,9 +19,7 @@ class FreePlay(GridBatch):
         super().__init__(config, layouts, (0,))
         self.trail = [self.position]
 
-    def step(
-        self, actions: NDArray[np.integer]
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
+    def step(self, actions: NDArray[np.integer]) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
         """Play one action (N,) per row; there is no reward, and every row ends at the horizon together."""
         target = self._next[self.position, actions]
         content = self.layouts.contents[self._rows, target]
@@ -39,7 +37,9 @@ class FreePlay(GridBatch):
         return np.stack(self.trail[:-1], 1)
 
 
-def entered_colors(config: GridConfig, contents: NDArray[np.uint8], positions: NDArray[np.integer]) -> NDArray[np.int16]:
+def entered_colors(
+    config: GridConfig, contents: NDArray[np.uint8], positions: NDArray[np.integer]
+) -> NDArray[np.int16]:
     """(N, T): the colour entered by the move before step t, −1 where there is none."""
     content = np.take_along_axis(contents, positions.astype(np.int64), 1).astype(np.int16)
     entered = np.zeros(positions.shape, bool)

@@ -31,9 +31,7 @@ def render_text(config: GridConfig, contents: NDArray[np.uint8], position: int) 
     return "\n".join(" ".join(f"{symbol:>{width}}" for symbol in row) for row in rows)
 
 
-def render_frame(
-    config: GridConfig, contents: NDArray[np.uint8], position: int, scale: int = 32
-) -> NDArray[np.uint8]:
+def render_frame(config: GridConfig, contents: NDArray[np.uint8], position: int, scale: int = 32) -> NDArray[np.uint8]:
     """A picture (size · scale, size · scale, 3): (cells,) contents, the agent's cell, `scale` pixels per
     cell.
 

@@ -63,9 +63,7 @@ class InternalEnvironment(gymnasium.Env[Array, Array]):
         self._decoding: Decoding | None = None  # None: no episode is going on
         self._observation = torch.empty(0)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Array, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Begin an episode; `seed` and `options` go to the environment, `seed` to the base's sampling too."""
         super().reset(seed=seed)
         observation, info = self.environment.reset(seed=seed, options=options)

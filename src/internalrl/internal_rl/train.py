@@ -6,34 +6,66 @@ nothing but this small policy is trained.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 from internalrl.domains.grid import GridBatch, GridConfig, parse_task, sample_layouts
-from internalrl.internal_rl.agents import Agent
+from internalrl.internal_rl.agents import Agent, InternalAgent, RawActionAgent
 from internalrl.internal_rl.objective import advantages, clipped_surrogate
 from internalrl.loop import Loop, optimise
+from internalrl.metacontroller.policy import Policy
 from internalrl.metacontroller.rollout import BatchEnvironment
+from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
 from internalrl.stages import ReinforceConfig
 
 Environments = Callable[[int], BatchEnvironment]
 """The batch of episodes of an iteration."""
 
+RECENT = 5  # iterations whose mean success is compared with the target
 
-def grid_environments(grid: GridConfig, task: str, batch_size: int, seed: int) -> Environments:
-    """Fresh layouts for every iteration, all with the same `task`."""
-    goal = parse_task(task, grid)
+
+def main(config: ReinforceConfig, run: RunFolder) -> dict[str, Any]:
+    """Reinforce the steered model of another run on a task; save base and adapter to `run`."""
+    torch.manual_seed(run.seed)
+    steered = SteeredModel.from_pretrained(config.discovered / "base", config.discovered / "adapter")
+    summary = reinforce(make_agent(steered, config), grid_environments(steered, config, run.seed), config, run)
+    steered.base.save_pretrained(run.path / "base")
+    steered.save_pretrained(run.path / "adapter", {"reinforce": {"task": config.task, "seed": run.seed}})
+    return summary
+
+
+def make_agent(steered: SteeredModel, config: ReinforceConfig) -> Agent:
+    """The agent that `config` names, on `steered`; an internal agent's policy becomes part of `steered`."""
+    if not config.controller:
+        torch.nn.init.zeros_(steered.metacontroller.up)
+    if config.agent == "raw-action":
+        return RawActionAgent(steered)
+    meta = steered.metacontroller
+    steered.policy = Policy(meta.width, meta.config.n_z, config.policy_hidden, config.initial_std)
+    return InternalAgent(steered, steered.policy, config.temperature)
+
+
+def grid_environments(steered: SteeredModel, config: ReinforceConfig, seed: int) -> Environments:
+    """Fresh layouts for every iteration, all with the task of `config`."""
+    grid: GridConfig = steered.base.config.grid
+    goal = parse_task(config.task, grid)
     return lambda iteration: GridBatch(
-        grid, sample_layouts(grid, batch_size, np.random.default_rng([seed, iteration, 4])), goal
+        grid, sample_layouts(grid, config.batch_size, np.random.default_rng([seed, iteration, 4])), goal
     )
 
 
 def reinforce(
-    agent: Agent, environments: Environments, config: ReinforceConfig, run: RunFolder, stage: str = "reinforce"
-) -> Loop:
+    agent: Agent,
+    environments: Environments,
+    config: ReinforceConfig,
+    run: RunFolder,
+    stage: str = "reinforce",
+) -> dict[str, Any]:
     """Play, score, improve: one iteration is one batch of episodes and a few passes of clipped policy gradient."""
     optimizer = torch.optim.Adam(agent.module.parameters(), lr=config.lr)
     loop = Loop(run, stage, -(-config.episodes // config.batch_size), {"policy": agent.module}, {"adam": optimizer})
@@ -41,11 +73,12 @@ def reinforce(
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + iteration)
         result, decisions = agent.play(environments(iteration), generator)
         advantage = advantages(result.reward)
-        with torch.no_grad():
-            old_log_prob = agent.log_prob(decisions)
-        for _ in range(config.epochs if advantage.any() else 0):  # equal rewards: nothing to learn from
+        for epoch in range(config.epochs if advantage.any() else 0):  # equal rewards: nothing to learn from
             log_prob = agent.log_prob(decisions)
-            optimise(clipped_surrogate(log_prob, old_log_prob, advantage, decisions.mask, config.clip_coef), optimizer)
+            if epoch == 0:
+                old_log_prob = log_prob.detach()
+            loss = clipped_surrogate(log_prob, old_log_prob, advantage, decisions.mask, config.clip_coef)
+            optimise(loss, optimizer)
         loop.log(
             episodes=(iteration + 1) * config.batch_size,
             success=result.reward.mean().item(),
@@ -54,4 +87,16 @@ def reinforce(
             length=result.length.float().mean().item(),
             decisions=decisions.mask.sum(1).float().mean().item(),
         )
-    return loop
+        if recent_success(run, stage) >= config.target:
+            loop.finish()
+    return {
+        "success": recent_success(run, stage),
+        "episodes": loop.step * config.batch_size,
+        "seconds": loop.seconds,
+    }
+
+
+def recent_success(run: RunFolder, stage: str) -> float:
+    """Mean success of the last iterations; 0 before there are enough of them."""
+    lines = deque(run.metrics(stage), maxlen=RECENT)
+    return sum(line["success"] for line in lines) / RECENT if len(lines) == RECENT else 0.0

@@ -156,8 +156,7 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise InternalRLError(
-            f"{file} cannot be read ({error.strerror}); an adapter is a folder with {CONFIG_FILE} and "
-            f"{TENSOR_FILE}."
+            f"{file} cannot be read ({error.strerror}); an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}."
         ) from error
 
 

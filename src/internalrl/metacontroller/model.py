@@ -81,8 +81,9 @@ class Metacontroller(nn.Module):
         k = config.controller_hidden + 1
         self.down = nn.Parameter(config.controller_init * torch.randn(width, config.rank * k))
         self.up = nn.Parameter(config.controller_init * torch.randn(config.rank * k, width))
-        with torch.no_grad():  # codes that differ from the start: small ones collapse onto the prior
+        with torch.no_grad():  # codes that differ, and say so clearly: small or noisy ones collapse onto the prior
             self.encoder[-1].weight[: config.n_z] *= config.encoder_gain
+            self.encoder[-1].bias[config.n_z :] = config.encoder_log_std
         self.reset_switch()
 
     def reset_switch(self) -> None:
@@ -159,9 +160,7 @@ class Metacontroller(nn.Module):
 
     def hold(self, x: Tensor, before: Tensor, proposal: Tensor, switch: Tensor) -> Segmentation:
         """`segment` for a switch that is given, (B, T) of zeros and ones: no loop over time is needed."""
-        steps = torch.arange(x.shape[1], device=x.device).expand_as(switch)
-        opened = torch.where(switch > 0.5, steps, 0).cummax(1).values[..., None].expand_as(proposal)
-        code = proposal.gather(1, opened)
+        code = held_code(proposal, switch)
         context = self.switch_context(torch.cat([x, before], -1))
         previous = F.pad(code[:, :-1], (0, 0, 1, 0))
         return Segmentation(code, switch, self.switch_logit(context, previous))
@@ -202,13 +201,20 @@ class Metacontroller(nn.Module):
         return (logit > 0) | ~state.started, logit, history
 
 
+def held_code(proposal: Tensor, switch: Tensor) -> Tensor:
+    """The code in force at every step: the proposal (B, T, n_z) of the last step whose switch (B, T) is 1."""
+    steps = torch.arange(switch.shape[1], device=switch.device).expand_as(switch)
+    opened = torch.where(switch > 0.5, steps, 0).cummax(1).values
+    return proposal.gather(1, opened[..., None].expand_as(proposal))
+
+
 def gate(logit: Tensor, noise: Tensor, mode: SwitchMode, temperature: float = 1.0) -> Tensor:
     """β from its logit and logistic noise, both (…); see `Metacontroller.segment`."""
     if mode == "soft":
         return torch.sigmoid(logit)
     if mode == "gumbel":
         return torch.sigmoid((logit + noise) / temperature)
-    hard = (logit + noise > 0).to(logit.dtype)
+    hard = (logit + temperature * noise > 0).to(logit.dtype)
     if mode == "hard":
         return hard
     probability = torch.sigmoid(logit / temperature)

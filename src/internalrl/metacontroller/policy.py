@@ -46,9 +46,7 @@ class PolicyActor:
         deterministic: propose the mean instead of a sample.
     """
 
-    def __init__(
-        self, policy: Policy, episodes: int, generator: torch.Generator, deterministic: bool = False
-    ):
+    def __init__(self, policy: Policy, episodes: int, generator: torch.Generator, deterministic: bool = False):
         self.policy, self.generator, self.deterministic = policy, generator, deterministic
         self.hidden = torch.zeros(episodes, policy.recurrent.hidden_size)
         self.events: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -16,7 +16,9 @@ class BatchEnvironment(Protocol):
     """What a rollout needs of an environment: N episodes at once, as `domains.grid.GridBatch` has them."""
 
     config: Any
-    alive: np.ndarray
+
+    @property
+    def alive(self) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
     def observe(self) -> np.ndarray: ...
@@ -88,7 +90,14 @@ def rollout(
         alive = torch.from_numpy(environment.alive.copy())
         step = steered.step(torch.from_numpy(environment.observe()), decoding, propose_alive)
         actions = choose(step.logits, temperature, generator)
-        write(t, actions=actions, logits=step.logits, switch=step.switch, switch_logit=step.switch_logit, code=step.code)
+        write(
+            t,
+            actions=actions,
+            logits=step.logits,
+            switch=step.switch,
+            switch_logit=step.switch_logit,
+            code=step.code,
+        )
         gained, _, _ = environment.step(actions.numpy())
         reward[rows] += torch.from_numpy(gained)
         length[rows] += alive

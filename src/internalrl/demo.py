@@ -1,0 +1,72 @@
+"""The three stages on the grid world, one after the other in one run folder, beside token-level RL."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from internalrl.analysis import report
+from internalrl.analysis.probe import probe
+from internalrl.base.pretrain import build, pretrain
+from internalrl.base.pretrain import evaluate as evaluate_base
+from internalrl.base.trajectory import load_trajectory_model
+from internalrl.discovery.consolidate import consolidate
+from internalrl.discovery.train import discover
+from internalrl.discovery.train import evaluate as evaluate_discovery
+from internalrl.internal_rl.train import grid_environments, make_agent, reinforce
+from internalrl.metacontroller.steered import SteeredModel
+from internalrl.runlog import RunFolder
+from internalrl.stages import DemoConfig, ReportConfig
+
+
+def main(config: DemoConfig, run: RunFolder) -> dict[str, Any]:
+    """Pretrain, discover, consolidate, reinforce; then the same budget for raw-action RL, and the report."""
+    grid, seconds = config.pretrain.grid, {}
+    torch.manual_seed(run.seed)
+    base = build(config.pretrain.base, grid)
+    seconds["pretrain"] = pretrain(base, config.pretrain, run).seconds
+    base.save_pretrained(run.path / "base")
+    pretrained = evaluate_base(base, grid, seed=run.seed)
+
+    torch.manual_seed(run.seed)
+    steered = SteeredModel.from_base(base, config.discover.metacontroller)
+    accuracy = probe(base, grid, layers=[steered.tap.layer], seed=run.seed)[steered.tap.layer]
+    seconds["discover"] = discover(steered, config.discover, run).seconds
+    discovered = evaluate_discovery(steered, run.seed)
+    consolidated, played = discovered, 0
+    if config.discover.consolidate.enabled:
+        seconds["consolidate"] = consolidate(steered, config.discover.consolidate, run).seconds
+        consolidated, played = evaluate_discovery(steered, run.seed), config.discover.consolidate.episodes
+
+    budget = replace(config.reinforce, episodes=config.reinforce.episodes - played)
+    internal = reinforce(make_agent(steered, budget), grid_environments(steered, budget, run.seed), budget, run)
+    seconds["reinforce"] = internal["seconds"]
+    steered.save_pretrained(run.path / "adapter", {"demo": {"seed": run.seed, "task": budget.task}})
+
+    raw_budget = replace(budget, agent="raw-action", controller=False, episodes=internal["episodes"] + played)
+    bare = SteeredModel.from_base(load_trajectory_model(run.path / "base"), config.discover.metacontroller)
+    environments = grid_environments(bare, raw_budget, run.seed)
+    raw = reinforce(make_agent(bare, raw_budget), environments, raw_budget, run, "raw-action")
+    seconds["raw-action"] = raw["seconds"]
+
+    rates = consolidated["pass_rates"]
+    summary = {
+        "success": internal["success"],
+        "raw_action_success": raw["success"],
+        "switch_f1": consolidated["switch_f1"],
+        "switch_f1_before_consolidation": discovered["switch_f1"],
+        "probe_accuracy": accuracy,
+        "unseen_pass_rate": rates["unseen_mean"],
+        "unseen_pass_rates": rates["unseen"],
+        "unseen_pass_rate_before_consolidation": discovered["pass_rates"]["unseen_mean"],
+        "bayes_gap_nats": pretrained["bayes_gap_nats"],
+        "pretrain": pretrained,
+        "episodes": internal["episodes"] + played,
+        "seconds": {**seconds, "total": math.fsum(seconds.values())},
+    }
+    run.write_json("summary.json", summary)
+    report.main(ReportConfig(), run)
+    return summary
