@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from internalrl.base.trajectory import TrajectoryConfig, TrajectoryModel, llama_backbone
-from internalrl.discovery.objective import discovery_loss
+from internalrl.discovery.objective import Coefficients, Episodes, discovery_loss
 from internalrl.domains.grid import GridBatch, GridConfig, Layouts, observe, sample_layouts
 from internalrl.metacontroller.model import Metacontroller
 from internalrl.metacontroller.steered import Decoding, SteeredModel, Step
@@ -69,6 +69,16 @@ def tiny_steered(encoder: str = "planner", seed: int = 0) -> SteeredModel:
     return steered
 
 
+class Readout:
+    """Stands in for a steered model: a linear layer `weight` (n_e, A) reads actions from the steered residual."""
+
+    def __init__(self, meta: Metacontroller, weight: Tensor):
+        self.metacontroller, self.weight = meta, weight
+
+    def __call__(self, residual: Tensor, code: Tensor) -> Tensor:
+        return self.metacontroller.control(residual, code) @ self.weight
+
+
 def layouts(count: int, seed: int = 0) -> Layouts:
     return sample_layouts(GRID, count, np.random.default_rng(seed))
 
@@ -110,6 +120,5 @@ def discovery(
     """The discovery loss of `observations`, with made-up actions, and what it says for the log."""
     mask = torch.ones(observations.shape[:2], dtype=torch.bool) if mask is None else mask
     actions = torch.arange(mask.numel()).reshape(mask.shape) % 4
-    residual = steered.residual(observations)
-    loss, metrics, _ = discovery_loss(steered, residual, actions, mask, kl_coef=0.3, switch_cost=0.1, mode=mode)
-    return loss, metrics
+    episodes = Episodes(steered.residual(observations), actions, mask)
+    return discovery_loss(steered, episodes, Coefficients(kl_coef=0.3, switch_cost=0.1), mode)

@@ -180,6 +180,7 @@ def _run(command: Command) -> dict[str, Any]:
     subcommand, options = SUBCOMMANDS[command.name], command.options
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would stand between our own lines
     stage = _load(subcommand.target)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(options.seed)

@@ -13,7 +13,44 @@ from typing import Any
 
 from tyro.conf import Positional
 
-PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"paper": {}}
+_PAPER: Mapping[str, Mapping[str, Any]] = {
+    "pretrain": {
+        "base": {"encoder": "one-hot", "layers": 6, "width": 256, "heads": 4, "mlp": 512},
+        "steps": 256_000,
+        "batch_size": 1024,
+        "optimizer": "adamw",
+        "lr": 3e-4,
+        "weight_decay": 0.03,
+        "decay": 0.0,
+    },
+    "discover": {
+        "metacontroller": {"encoder_gain": 1.0, "encoder_log_std": 0.0, "switch_bias": 0.0},
+        "consolidate": {"enabled": False},
+        "form_steps": 0,
+        "squeeze_steps": 0,
+        "switch_steps": 64_000,
+        "batch_size": 512,
+        "crop": 0.0,
+        "lr": 1e-3,
+        "switch_lr": 1e-3,
+        "switch": "soft",
+        "kl": "every-step",
+        "kl_coef": 0.17,
+        "switch_cost_start": 0.0,
+        "switch_cost": 0.0,
+        "hold_steps": 0,
+        "rise_steps": 0,
+    },
+    "reinforce": {
+        "episodes": 1_000_000,
+        "lr": 3e-5,
+        "initial_std": 1.0,
+        "policy_hidden": 256,
+    },
+}
+"""The paper's sizes, optimiser and schedules (C.1, C.4, C.5); the backbone's MLP stays gated."""
+
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"paper": {**_PAPER, "demo": _PAPER}}
 """Preset name -> subcommand -> option values, nested as in a YAML file."""
 
 

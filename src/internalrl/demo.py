@@ -12,7 +12,7 @@ from internalrl.analysis import report
 from internalrl.analysis.probe import probe
 from internalrl.base.pretrain import build, pretrain
 from internalrl.base.pretrain import evaluate as evaluate_base
-from internalrl.base.trajectory import load_trajectory_model
+from internalrl.base.trajectory import load_trajectory_model, save_trajectory_model
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.train import discover
 from internalrl.discovery.train import evaluate as evaluate_discovery
@@ -28,7 +28,7 @@ def main(config: DemoConfig, run: RunFolder) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     base = build(config.pretrain.base, grid)
     seconds["pretrain"] = pretrain(base, config.pretrain, run).seconds
-    base.save_pretrained(run.path / "base")
+    save_trajectory_model(base, run.path / "base")
     pretrained = evaluate_base(base, grid, seed=run.seed)
 
     torch.manual_seed(run.seed)
@@ -36,6 +36,7 @@ def main(config: DemoConfig, run: RunFolder) -> dict[str, Any]:
     accuracy = probe(base, grid, layers=[steered.tap.layer], seed=run.seed)[steered.tap.layer]
     seconds["discover"] = discover(steered, config.discover, run).seconds
     discovered = evaluate_discovery(steered, run.seed)
+    steered.save_pretrained(run.path / "discovered", {"discover": {"seed": run.seed}})
     consolidated, played = discovered, 0
     if config.discover.consolidate.enabled:
         seconds["consolidate"] = consolidate(steered, config.discover.consolidate, run).seconds

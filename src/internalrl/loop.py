@@ -112,15 +112,23 @@ def load_module(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def optimise(loss: torch.Tensor, *optimizers: torch.optim.Optimizer, max_norm: float = 1.0) -> None:
-    """One gradient step with the global norm clipped; a loss that is not finite is refused before it does harm."""
-    if not torch.isfinite(loss):
-        raise InternalRLError(
-            f"The loss is {loss.item()}; lower the learning rate or check the data, then resume from the last checkpoint."
-        )
+    """One gradient step with the global norm clipped; InternalRLError if loss or gradient are not finite.
+
+    The weights are then as they were, so that no checkpoint is spoilt.
+    """
+    _require_finite("loss", loss)
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward()
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    _require_finite("norm of the gradient", torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     for optimizer in optimizers:
         optimizer.step()
+
+
+def _require_finite(name: str, value: torch.Tensor) -> None:
+    if not torch.isfinite(value):
+        raise InternalRLError(
+            f"The {name} is {value.item()}; lower the learning rate or check the data, "
+            "then resume from the last checkpoint."
+        )

@@ -66,6 +66,7 @@ class RunFolder:
                 raise InternalRLError(f"There is no run to resume in {path}; start it without --resume.")
             _require_same(path, {**config, "seed": seed})
             run = cls(path, seed, resumed=True)
+            run._make_folders()
             run._keep_metrics(lambda line: True)
             for leftover in path.rglob(f"{PARTIAL}*"):
                 leftover.unlink()
@@ -80,8 +81,10 @@ class RunFolder:
             shutil.rmtree(path)
         run = cls(path, seed)
         with write_errors(path):
-            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
+        # The config comes first: a folder that holds anything else, but no config, is taken for someone else's.
         run.write_json("config.json", {"config": config, "seed": seed, **environment()})
+        run._make_folders()
         return run
 
     @classmethod
@@ -94,6 +97,10 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    def _make_folders(self) -> None:
+        with write_errors(self.checkpoints):
+            self.checkpoints.mkdir(exist_ok=True)
 
     def log(self, stage: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl: stage, step and values (numbers, tensors, arrays, lists, None).

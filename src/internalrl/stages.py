@@ -87,21 +87,21 @@ class DiscoverConfig:
     """Sizes of the metacontroller."""
     consolidate: ConsolidateConfig = field(default_factory=ConsolidateConfig)
     """Stage 2b."""
-    form_steps: int = 350
+    form_steps: int = 250
     """Steps with random switches and nearly free information, in which codes form."""
-    squeeze_steps: int = 250
+    squeeze_steps: int = 225
     """Steps with random switches in which α rises, so that codes keep only what pays: the subgoal."""
-    switch_steps: int = 350
+    switch_steps: int = 240
     """Steps in which the switch is learned."""
-    random_switch: float = 0.1
+    random_switch: float = 0.15
     """Probability of a random switch; its inverse is the time for which codes learn to persist."""
     batch_size: int = 128
     """Episodes per step."""
     batches: int = 300
     """Batches whose lower-half residuals are computed once and then reused."""
     crop: float = 0.7
-    """Probability that an episode begins at a visit to a coloured cell, so that codes depend less on context."""
-    lr: float = 3e-3
+    """Probability that an episode is cut to begin at a random step, so that codes cannot lean on what came before."""
+    lr: float = 4e-3
     """AdamW learning rate."""
     switch_lr: float = 1e-2
     """AdamW learning rate of the switch."""
@@ -111,18 +111,20 @@ class DiscoverConfig:
     """How β is sampled and learned."""
     kl: Literal["switch-weighted", "every-step"] = "switch-weighted"
     """KL counted where a code is adopted (the exact ELBO, E.1) or at every step (the paper's loss, C.4)."""
-    kl_coef_form: float = 0.003
+    kl_coef_form: float = 0.0003
     """α while codes form, in nats of action NLL per nat of KL."""
-    kl_coef_squeeze: float = 0.1
+    kl_coef_squeeze: float = 0.07
     """α at the end of the squeeze."""
-    kl_coef: float = 0.3
+    kl_coef: float = 0.12
     """Final α."""
     switch_cost_start: float = 0.1
     """Nats charged per switch when the switch begins to learn."""
-    switch_cost: float = 0.3
+    switch_cost: float = 0.25
     """Nats charged per switch in the end."""
-    rise_steps: int = 150
-    """Steps over which α and the switch cost rise to their final values while the switch is learned."""
+    hold_steps: int = 60
+    """Steps for which α and the switch cost stay where they are when the switch begins to learn."""
+    rise_steps: int = 80
+    """Steps over which they then rise to their final values."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class PretrainConfig:
     """The grid world."""
     base: BaseConfig = field(default_factory=BaseConfig)
     """The base model."""
-    steps: int = 1000
+    steps: int = 1100
     """Optimiser steps."""
     batch_size: int = 128
     """Episodes per step."""
@@ -182,7 +184,7 @@ class PretrainConfig:
     decay: float = 0.6
     """Last fraction of the steps over which the learning rate falls to zero; 0 keeps it constant."""
     crop: float = 0.0
-    """Probability that an episode is cut to begin at a visit to a coloured cell."""
+    """Probability that an episode is cut to begin at a random step."""
     noise: float = 0.0
     """The expert's noise ε."""
 

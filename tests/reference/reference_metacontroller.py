@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internalrl.discovery.objective import Coefficients
 from internalrl.metacontroller.model import Metacontroller
 
 Vector = list[Tensor]
@@ -117,7 +118,7 @@ class ReferenceMetacontroller:
         return affine(self.w["switch_head.weight"], self.w["switch_head.bias"], hidden)[0]
 
     def gate(self, logit: Tensor, uniform: Tensor, mode: str, temperature: float) -> Tensor:
-        """β from its logit and a number drawn from U(0, 1)."""
+        """β from its logit and a number drawn from U(0, 1); a sample is 1 with probability σ(logit / temperature)."""
         noise = torch.log(uniform) - torch.log(1 - uniform)
         if mode == "soft":
             return sigmoid(logit)
@@ -125,7 +126,7 @@ class ReferenceMetacontroller:
             return sigmoid((logit + noise) / temperature)
         if mode == "hard":
             return number(1.0 if logit > 0 else 0.0)
-        sample = 1.0 if logit + noise > 0 else 0.0
+        sample = 1.0 if logit + temperature * noise > 0 else 0.0
         p = sigmoid(logit / temperature)
         return sample + (p - p.detach())  # the sample's value, the probability's gradient
 
@@ -175,6 +176,29 @@ class ReferenceMetacontroller:
         """e + U(z) e [Eq 17, 18]."""
         u = self.controller(z)
         return [e[j] + dot(e, [u[i][j] for i in range(self.width)]) for j in range(self.width)]
+
+    # -- what it costs ------------------------------------------------------------------------------------
+
+    def episode_loss(
+        self,
+        e: Matrix,
+        actions: Sequence[int],
+        readout: Matrix,
+        means: Matrix,
+        stds: Matrix,
+        code: Matrix,
+        switch: Vector,
+        coefficients: Coefficients,
+    ) -> Tensor:
+        """−ELBO of one episode in nats, and its switches; `readout` holds a column of weights per action [E.1]."""
+        total = number(0.0)
+        for t, action in enumerate(actions):
+            steered = self.control(e[t], code[t])
+            total = total + negative_log_likelihood([dot(steered, column) for column in readout], action)
+            adopted = switch[t] if coefficients.kl == "switch-weighted" else 1.0
+            total = total + coefficients.kl_coef * kl(means[t], stds[t]) * adopted
+            total = total + (coefficients.switch_cost * switch[t] if t > 0 else 0.0)
+        return total
 
 
 def kl(mean: Vector, std: Vector) -> Tensor:

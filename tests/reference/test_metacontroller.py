@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,20 +11,18 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from internalrl.discovery.objective import discovery_loss
-from internalrl.metacontroller.model import Metacontroller, Proposals
+from internalrl.discovery.objective import Coefficients, Episodes, discovery_loss
+from internalrl.metacontroller.model import Metacontroller, Proposals, gate
 from tests.reference.reference_metacontroller import (
     ReferenceMetacontroller,
     array,
-    dot,
     kl,
     kl_by_integration,
-    negative_log_likelihood,
     normalise,
     number,
     numbers,
 )
-from tests.tiny import SIZES, tiny_metacontroller
+from tests.tiny import SIZES, Readout, tiny_metacontroller
 
 WIDTH, N_Z, BATCH, STEPS, ACTIONS = 4, 2, 2, 5, 3
 LENGTHS = (STEPS, 3)
@@ -119,6 +118,23 @@ def test_kl(inputs: tuple[Tensor, ...]) -> None:
     assert float(ours[0, 0]) == pytest.approx(by_hand, abs=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("mode", MODES)
+def test_gate(mode: str, temperature: float, reference: ReferenceMetacontroller) -> None:
+    """A sample is 1 with probability σ(logit / temperature); a temperature of 0.3 sharpens it, 2 blurs it."""
+    logit, uniform = leaf(300), torch.rand(300, dtype=torch.float64)
+    noise = torch.logit(uniform) if mode in ("gumbel", "straight-through") else torch.zeros(300)
+    ours = gate(logit, noise, mode, temperature)
+    theirs = [reference.gate(*pair, mode, temperature) for pair in zip(logit, uniform, strict=True)]
+    close(ours, array(theirs))
+    if mode != "hard":
+        gradient = torch.autograd.grad(ours.sum(), logit)[0]
+        close(gradient, torch.autograd.grad(array(theirs).sum(), logit)[0])
+    if mode == "straight-through":
+        frequency = gate(torch.tensor(0.6), torch.logit(torch.rand(100_000)), mode, temperature).mean()
+        assert float(frequency) == pytest.approx(1 / (1 + math.exp(-0.6 / temperature)), abs=0.01)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_segment(
     mode: str, meta: Metacontroller, reference: ReferenceMetacontroller, inputs: tuple[Tensor, ...]
@@ -186,29 +202,17 @@ def test_control(meta: Metacontroller, reference: ReferenceMetacontroller, input
     compare_gradients(meta, reference, ("controller",))
 
 
-class Readout:
-    """Stands in for the steered model: a linear layer reads the actions from the steered residual."""
-
-    def __init__(self, meta: Metacontroller):
-        self.metacontroller, self.weight = meta, draw(WIDTH, ACTIONS, seed=7)
-
-    def __call__(self, residual: Tensor, code: Tensor) -> Tensor:
-        return self.metacontroller.control(residual, code) @ self.weight
-
-
 def reference_loss(
     reference: ReferenceMetacontroller,
     residual: Tensor,
     actions: Tensor,
-    weight: Tensor,
+    readout: Tensor,
     noise: Tensor,
     uniform: Tensor,
     mode: str,
-    weigh_by_switch: bool,
-    kl_coef: float,
-    switch_cost: float,
+    coefficients: Coefficients,
 ) -> Tensor:
-    """The discovery loss, one episode and step at a time; mode "random" switches where `uniform` < 0.5."""
+    """The discovery loss, one episode at a time; mode "random" switches where `uniform` < 0.5."""
     total = number(0.0)
     for row, length in enumerate(LENGTHS):
         e = numbers(residual[row])
@@ -226,12 +230,8 @@ def reference_loss(
             found, switches, _ = reference.segment(
                 x[:length], before[:length], proposal, numbers(uniform[row]), mode, TEMPERATURE
             )
-        for t in range(length):
-            steered = reference.control(e[t], found[t])
-            logits = [dot(steered, column) for column in numbers(weight.T)]
-            total = total + negative_log_likelihood(logits, int(actions[row, t]))
-            total = total + kl_coef * kl(means[t], stds[t]) * (switches[t] if weigh_by_switch else 1.0)
-            total = total + (switch_cost * switches[t] if t > 0 else 0.0)
+        acted = actions[row, :length].tolist()
+        total = total + reference.episode_loss(e, acted, numbers(readout.T), means, stds, found, switches, coefficients)
     return total / sum(LENGTHS)
 
 
@@ -244,28 +244,22 @@ def test_discovery_loss(
     reference: ReferenceMetacontroller,
 ) -> None:
     residual, actions = draw(BATCH, STEPS, WIDTH, seed=6), torch.tensor([[0, 2, 1, 1, 0], [2, 2, 0, 0, 0]])
-    readout = Readout(meta)
+    readout = draw(WIDTH, ACTIONS, seed=7)
+    coefficients = Coefficients(kl_coef=0.3, switch_cost=0.2, kl=weighting)
     warmup = mode == "random"
     torch.manual_seed(8)
-    loss, _, _ = discovery_loss(
-        readout, residual, actions, MASK, kl_coef=0.3, switch_cost=0.2, mode="soft" if warmup else mode,
-        temperature=TEMPERATURE, kl=weighting, random_switch=0.5 if warmup else None,
-    )  # fmt: skip
+    loss, _ = discovery_loss(
+        Readout(meta, readout),
+        Episodes(residual, actions, MASK),
+        coefficients,
+        mode="soft" if warmup else mode,
+        temperature=TEMPERATURE,
+        random_switch=0.5 if warmup else None,
+    )
     torch.manual_seed(8)
     noise = torch.randn(BATCH, STEPS, N_Z, dtype=torch.float64)
     uniform = torch.rand(BATCH, STEPS, dtype=None if warmup else torch.float64)
-    expected = reference_loss(
-        reference,
-        residual,
-        actions,
-        readout.weight,
-        noise,
-        uniform,
-        mode,
-        weighting == "switch-weighted",
-        0.3,
-        0.2,
-    )
+    expected = reference_loss(reference, residual, actions, readout, noise, uniform, mode, coefficients)
     close(loss, expected)
     loss.backward()
     expected.backward()

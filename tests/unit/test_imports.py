@@ -27,6 +27,7 @@ LAYERS = (
     {"discovery", "internal_rl"},
     {"variants"},
     {"analysis"},
+    {"demo"},
     {"__init__"},
     {"cli"},
 )

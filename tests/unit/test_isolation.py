@@ -21,7 +21,7 @@ from tests.tiny import (
 )
 
 BATCH, STEPS = 4, 9
-LEARNING_MODES = ("soft", "gumbel", "straight-through")
+LEARNING_MODES = ("soft", "gumbel", "straight-through", "counterfactual")
 
 
 @pytest.fixture(params=("one-hot", "planner"))

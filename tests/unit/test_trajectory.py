@@ -166,7 +166,7 @@ def distances(contents: np.ndarray, color: int) -> dict[int, int]:
 
 def test_planner_finds_shortest_paths() -> None:
     """With every free cell at cost 1 and walls far above, the distances are those of breadth-first search."""
-    encoder = PlanningEncoder(GRID.size, GRID.colors, GRID.walls, WIDTH)
+    encoder = PlanningEncoder(GRID, WIDTH)
     with torch.no_grad():
         encoder.log_cost[:, GRID.colors : GRID.empty] = 10.0
     grids = layouts(20).contents

@@ -107,14 +107,14 @@ def _small(grid: GridConfig, story: Story, name: str, k: int) -> str:
     """One segment's own picture."""
     segment, side = story.segments[k], grid.size * CELL
     points = [_center(grid, cell) for cell in story.path[segment.begin : segment.end + 1]]
-    reached = " ".join(map(str, segment.colors)) or "no colour"
+    reached = ", ".join(map(str, segment.colors)) or "no colour"
     (x, y), (u, v) = points[0], points[-1]
     return (
         f'<li><svg viewBox="0 0 {side} {side}" role="img" aria-label="Segment {k + 1}: {reached}">'
         f'<use href="#{name}"/>{_line(points, segment.stroke, 1.6)}'
-        f'<circle cx="{x:g}" cy="{y:g}" r="7" class="start"/>'
-        f'<circle cx="{u:g}" cy="{v:g}" r="10" class="agent"/><use href="#{name}-numbers"/></svg>'
-        f"<span>{k + 1} → {reached}</span></li>"
+        f'<circle cx="{x:g}" cy="{y:g}" r="6" class="start"/>'
+        f'<circle cx="{u:g}" cy="{v:g}" r="8" class="agent"/><use href="#{name}-numbers"/></svg>'
+        f"<span>segment {k + 1}: {reached}</span></li>"
     )
 
 
@@ -122,7 +122,7 @@ def _whole(grid: GridConfig, story: Story) -> str:
     """All segments at once, shifted against each other so that repeated ways stay visible."""
     drawn = []
     for k, segment in enumerate(story.segments):
-        shift = ((k % 5) - 2) * CELL * 0.09
+        shift = ((k % 5) - 2) * CELL * 0.08
         cells = story.path[segment.begin : segment.end + 1]
         points = [(x + shift, y + shift) for x, y in (_center(grid, cell) for cell in cells)]
         drawn.append(_line(points, segment.stroke, 1.2))
@@ -157,7 +157,7 @@ def _board(grid: GridConfig, contents: NDArray[np.uint8], name: str) -> str:
         if content < grid.colors:
             tint = (round(255 - 0.55 * (255 - part)) for part in PALETTE[content % len(PALETTE)])
             fill = "#{:02x}{:02x}{:02x}".format(*tint)
-            numbers.append(f'<text x="{x + 3:g}" y="{y + 2:g}" dy=".8em">{content}</text>')
+            numbers.append(f'<text x="{x + 3:g}" y="{y + 2:g}" dy=".82em">{content}</text>')
         elif content < grid.empty:
             fill = "#484e58"
         cells.append(f'<rect x="{x:g}" y="{y:g}" width="{side}" height="{side}" rx="6" fill="{fill}"/>')

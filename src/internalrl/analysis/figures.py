@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,9 +29,10 @@ COLORS = ("#0072B2", "#D98A00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 NEITHER = "#a7adb9"
 """What reached no subgoal."""
 _MARKERS, _GLYPHS = "os^DvP", "●■▲◆▼✚"
-_DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", (0, (5, 2)), (0, (2, 2)), (0, (1, 3)))
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (2, 2)), (0, (1, 3)))
+_STROKES = "━╍┅⋯"
 """Lines that lie on each other all show."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "internalrl",
     "font.family": "DejaVu Sans",  # to measure with; the page shows its own
@@ -55,6 +57,8 @@ _STYLE = {
     "lines.solid_capstyle": "round",
 }
 
+Range = tuple[float | None, float | None]
+"""Bounds of an axis; None fits the data."""
 Key = tuple[str, str, str]
 """An entry of a key: glyph, its colour, what it stands for."""
 
@@ -84,16 +88,16 @@ def curves(
     levels: Sequence[Level] = (),
     *,
     percent: bool = False,
-    y_range: tuple[float | None, float | None] = (None, None),
-    event: tuple[float, str] | None = None,
+    y_range: Range = (None, None),
+    events: Sequence[tuple[float, str]] = (),
     wide: bool = False,
 ) -> str:
-    """Curves over training; `event` marks a step with a dotted line and a word."""
+    """Curves over training; `events` mark steps with a dotted line and a word."""
     key: list[Key] = []
 
     def paint(ax: Axes) -> None:
         for k, line in enumerate(lines):
-            color, glyph = COLORS[k % len(COLORS)], "━"
+            color, glyph = COLORS[k % len(COLORS)], _STROKES[k % len(_STROKES)]
             if line.dots:
                 glyph = _GLYPHS[k % len(_GLYPHS)]
                 ax.plot(line.x, line.y, color=color, marker=_MARKERS[k % len(_MARKERS)], ms=4.5, lw=1.1)
@@ -103,12 +107,10 @@ def curves(
                     ax.plot(line.x, line.y, color=color, lw=0.7, alpha=0.3)
                 ax.plot(line.x, smooth, color=color, ls=_DASHES[k % len(_DASHES)])
             key.append((glyph, color, line.label))
-        if event:
-            ax.axvline(event[0], color=MUTED, lw=1, ls=":")
-            place = ax.get_xaxis_transform()
-            ax.text(event[0], 1.02, event[1], transform=place, ha="center", color=MUTED, size=8)
-        ax.set_ylim(*y_range)
-        _levels(ax, levels)
+        for x, word in events:
+            ax.axvline(x, color=MUTED, lw=1, ls=":")
+            ax.text(x, 1.02, word, transform=ax.get_xaxis_transform(), ha="center", color=MUTED, size=8)
+        _levels(ax, levels, y_range)
         ax.set_xlabel(x_label)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if max(max(line.x) for line in lines) >= 10_000:
@@ -116,7 +118,7 @@ def curves(
         if percent:
             ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
-    drawn = _draw(paint, width=5.2 if wide else 3.7, height=2.9 if wide else 2.4)
+    drawn = _draw(paint, width=5.2 if wide else 3.5, height=2.7 if wide else 2.3)
     return _titled(y_label, key if len(lines) > 1 else [], drawn)
 
 
@@ -138,7 +140,7 @@ def rate_distortion(
         ax.set_xlabel("rate: KL in nats per episode")
 
     key = [("○", path, "start"), ("━", path, "during training")] if start else []
-    return _titled("distortion: NLL in nats per action", [*key, ("◆", COLORS[0], "finished")], _draw(paint, height=3.0))
+    return _titled("distortion: NLL in nats per action", [*key, ("◆", COLORS[0], "finished")], _draw(paint, height=2.9))
 
 
 def raster(subgoal: NDArray[np.integer], switch: NDArray[np.bool_], length: NDArray[np.integer]) -> str:
@@ -181,7 +183,7 @@ def code_plane(points: NDArray[np.floating], reached: NDArray[np.integer], limit
         ax.tick_params(length=0, labelbottom=False, labelleft=False)
         ax.spines[:].set_visible(False)
 
-    return _titled("subgoal reached", key, _draw(paint, width=3.4, height=3.3))
+    return _titled("subgoal reached", key, _draw(paint, width=3.3, height=3.2))
 
 
 def transitions(rates: NDArray[np.floating]) -> str:
@@ -190,8 +192,10 @@ def transitions(rates: NDArray[np.floating]) -> str:
     def paint(ax: Axes) -> None:
         count = len(rates)
         table = np.concatenate([rates, 1 - rates.sum(1, keepdims=True)], 1)
-        ax.imshow(table, cmap="Blues", vmin=0, vmax=max(0.6, float(table.max())))
+        edges = np.arange(count + 2) - 0.5
+        ax.pcolormesh(edges, edges[:-1], table, cmap="Blues", vmin=0, vmax=max(0.6, table.max()), ec="white", lw=2)
         ax.axvline(count - 0.5, color="white", lw=6)
+        ax.set(aspect="equal", ylim=(count - 0.5, -0.5))
         for a, row in enumerate(table):
             for b, rate in enumerate(row):
                 ax.text(b, a, f"{rate:.2f}", ha="center", va="center", color="white" if rate > 0.4 else INK)
@@ -204,10 +208,10 @@ def transitions(rates: NDArray[np.floating]) -> str:
         ax.tick_params(length=0)
         ax.set_xlabel("next subgoal")
 
-    return _titled("subgoal just completed", [("□", COLORS[5], "never demonstrated")], _draw(paint, height=3.3))
+    return _titled("subgoal just completed", [("□", COLORS[5], "never demonstrated")], _draw(paint, height=3.1))
 
 
-def probe_bars(accuracy: Mapping[int, float], bayes: float, chance: float, tap: int | None) -> str:
+def probe_bars(accuracy: Mapping[int, float], chance: float, bayes: float, tap: int | None) -> str:
     """Probe accuracy by layer; the bar at the tap is the dark one."""
 
     def paint(ax: Axes) -> None:
@@ -217,13 +221,12 @@ def probe_bars(accuracy: Mapping[int, float], bayes: float, chance: float, tap: 
             ax.text(place, value - 0.02, f"{value:.2f}", ha="center", va="top", color=ink)
         ax.set_xticks(range(len(accuracy)), [f"{layer}" for layer in accuracy])
         ax.grid(visible=False, axis="x")
-        ax.set_ylim(0, 1)
         ax.set_xlim(-0.5, len(accuracy) + 0.4)
-        _levels(ax, [Level("Bayes", bayes), Level("guess", chance)])
+        _levels(ax, [Level("Bayes", bayes), Level("chance", chance)], (0, 1))
         ax.set_xlabel("blocks below (0: the embedding)")
 
     key = [("■", COLORS[0], "where the metacontroller acts")] if tap in accuracy else []
-    return _titled("accuracy", key, _draw(paint))
+    return _titled("accuracy of a linear probe", key, _draw(paint))
 
 
 def running_mean(y: Sequence[float]) -> Sequence[float]:
@@ -246,13 +249,15 @@ def key_of(entries: Sequence[Key]) -> str:
     return f'<ul class="key">{"".join(items)}</ul>' if entries else ""
 
 
-def _levels(ax: Axes, levels: Sequence[Level]) -> None:
+def _levels(ax: Axes, levels: Sequence[Level], y_range: Range = (None, None)) -> None:
     """Reference lines with their names above them; under the lowest of several, which may lie close."""
+    for level in levels:
+        ax.axhline(level.y, color=INK, lw=0.9, ls=(0, (4, 3)))
+    bottom, top = ax.set_ylim(*y_range)
     lowest = min((level.y for level in levels), default=0.0)
     for level in levels:
-        under = len(levels) > 1 and level.y == lowest and level.y > ax.get_ylim()[0] + 0.1 * np.ptp(ax.get_ylim())
-        ax.axhline(level.y, color=INK, lw=0.9, ls=(0, (4, 3)))
-        ax.annotate(
+        under = len(levels) > 1 and level.y == lowest and level.y > bottom + 0.1 * (top - bottom)
+        name = ax.annotate(
             level.label,
             (1, level.y),
             (0, -2 if under else 2),
@@ -263,6 +268,7 @@ def _levels(ax: Axes, levels: Sequence[Level]) -> None:
             color=INK,
             size=8,
         )
+        name.set_in_layout(False)
 
 
 def _titled(title: str, key: Sequence[Key], svg: str) -> str:
@@ -270,7 +276,7 @@ def _titled(title: str, key: Sequence[Key], svg: str) -> str:
     return f'<p class="axis">{escape(title)}</p>{key_of(key)}{svg}'
 
 
-def _draw(paint: Callable[[Axes], None], width: float = 3.7, height: float = 2.4) -> str:
+def _draw(paint: Callable[[Axes], None], width: float = 3.5, height: float = 2.3) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure.subplots())

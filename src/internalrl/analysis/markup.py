@@ -27,7 +27,8 @@ def curves(
 
 def figure(drawn: str, caption: str, wide: bool = False) -> str:
     """A plot with the sentence that says what it shows."""
-    return f"<figure{' class="wide"' if wide else ''}>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
+    kind = ' class="wide"' if wide else ""
+    return f"<figure{kind}>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def gallery(text: str, shown: Iterable[str]) -> str:
@@ -52,12 +53,14 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def duration(seconds: float | Mapping[str, float]) -> str:
-    """74.2 → 1 min 14 s; several durations are summed."""
-    total = round(sum(seconds.values()) if isinstance(seconds, Mapping) else seconds)
+    """74.2 → 1 min 14 s; of several durations their `total`, or else the sum."""
+    if isinstance(seconds, Mapping):
+        seconds = seconds.get("total", sum(seconds.values()))
+    total = round(seconds)
     hours, minutes, rest = total // 3600, total // 60 % 60, total % 60
     if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+        return f"{hours}\u00a0h {minutes}\u00a0min"
+    return f"{minutes}\u00a0min {rest}\u00a0s" if minutes else f"{rest}\u00a0s"
 
 
 def _shown(value: Any) -> str:

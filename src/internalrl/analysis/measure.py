@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -129,17 +130,18 @@ def segment_subgoal(colors: NDArray[np.integer]) -> int:
 
 
 def _segments(entered: NDArray[np.integer], switch: NDArray[np.bool_], code: NDArray[np.float32]) -> Codes:
-    """The segments of N episodes that ended with a switch; the last one of each was cut off.
+    """The segments of N episodes; the last one of each only if it got to a subgoal before it was cut off.
 
     `entered` (N, ≥ T) as from `entered_colors`, `switch` (N, T), `code` (N, T, n_z).
     """
     found, reached = [], []
     for colors, opened, held in zip(entered, switch, code, strict=True):
-        times = np.flatnonzero(opened)
-        for begin, end in zip(times[:-1], times[1:], strict=True):
+        for begin, end in pairwise([*np.flatnonzero(opened), len(colors)]):
             inside = colors[begin + 1 : end + 1]
-            found.append(held[begin])
-            reached.append(segment_subgoal(inside[inside >= 0]))
+            subgoal = segment_subgoal(inside[inside >= 0])
+            if subgoal != NO_SUBGOAL or end < len(colors):
+                found.append(held[begin])
+                reached.append(subgoal)
     return Codes(np.array(found, np.float32).reshape(-1, code.shape[-1]), np.array(reached, np.int64))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,46 +24,48 @@ FIT_STEPS = 8000
 """Steps that a probe is fitted on, drawn at random from the demonstrations: more change the result little."""
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Accuracy on fresh demonstrations by layer, 0 being the embedding, and what to hold it against.
-
-    `bayes` is the accuracy of the exact filter's most probable subgoal, the best that any reader of the
-    observations can do; `chance` that of always naming the most frequent subgoal.
-    """
-
-    accuracy: dict[int, float]
-    bayes: float
-    chance: float
-
-
 def probe(
     model: TrajectoryModel,
     grid: GridConfig,
     layers: Sequence[int] | None = None,
     episodes: int = 512,
     seed: int = 0,
-) -> Probe:
-    """Fit one multinomial logistic regression per layer on standardised residuals; paper, Fig A1.
+) -> dict[int, float]:
+    """Accuracy on fresh demonstrations by layer: a multinomial logistic regression each, on standardised residuals.
 
     Args:
-        layers: numbers of blocks below; None takes the embedding and every block.
+        layers: numbers of blocks below, 0 being the embedding; None takes all (paper, Fig A1).
         episodes: demonstrations to fit on, and as many fresh ones to test on.
     """
-    tasks, chosen = pretraining_tasks(grid), range(len(find_blocks(model)) + 1) if layers is None else layers
-    rng = np.random.default_rng([seed, 6])
-    fit, test = (demonstrate(grid, episodes, tasks, rng) for _ in range(2))
+    chosen = range(len(find_blocks(model)) + 1) if layers is None else layers
+    fit, test = _demonstrations(grid, episodes, seed)
     residuals, subgoal = _steps(model, grid, fit, chosen)
     fresh, truth = _steps(model, grid, test, chosen)
-    rows = rng.permutation(len(subgoal))[:FIT_STEPS]
+    rows = np.random.default_rng(seed).permutation(len(subgoal))[:FIT_STEPS]
     accuracy = {}
     for layer in chosen:
-        # The penalty matters little; a light one keeps nearly collinear features from slowing the fit.
+        # How strong the penalty is matters little; some of it makes the fit fast where features are nearly collinear.
         reader = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200, tol=1e-3))
         reader.fit(residuals[layer][rows], subgoal[rows])
         accuracy[layer] = float(reader.score(fresh[layer], truth))
-    chance = float(np.bincount(truth).max() / len(truth))
-    return Probe(accuracy, bayes_filter(grid, test, tasks).subgoal_accuracy, chance)
+    return accuracy
+
+
+def limits(grid: GridConfig, episodes: int = 512, seed: int = 0) -> tuple[float, float]:
+    """What to hold `probe` with the same arguments against, as accuracies on the same steps.
+
+    First that of always naming the most frequent subgoal, then that of the exact filter's most probable one: no
+    reader of the observations can do better.
+    """
+    _, test = _demonstrations(grid, episodes, seed)
+    counts = np.bincount(test.subgoal[test.mask])
+    return float(counts.max() / counts.sum()), bayes_filter(grid, test, pretraining_tasks(grid)).subgoal_accuracy
+
+
+def _demonstrations(grid: GridConfig, episodes: int, seed: int) -> tuple[Demonstrations, Demonstrations]:
+    """Some to fit on, and others to test on."""
+    rng, tasks = np.random.default_rng([seed, 6]), pretraining_tasks(grid)
+    return demonstrate(grid, episodes, tasks, rng), demonstrate(grid, episodes, tasks, rng)
 
 
 @torch.no_grad()

@@ -30,12 +30,7 @@ def open_models(run: RunFolder) -> Models:
     base = load_trajectory_model(run.path / "base").eval()
     adapter = run.path / "adapter"
     steered = SteeredModel.from_pretrained(base, adapter).eval() if adapter.exists() else None
-    return Models(base, grid_of(base), steered)
-
-
-def grid_of(base: TrajectoryModel) -> GridConfig:
-    """The grid that a base model was trained on."""
-    return GridConfig(**{name: base.config.encoder_options[name] for name in ("size", "colors", "walls")})
+    return Models(base, base.config.grid, steered)
 
 
 def run_task(run: RunFolder, grid: GridConfig) -> str:

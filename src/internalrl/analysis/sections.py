@@ -5,22 +5,17 @@ An empty text means that the run has nothing to show there, and the section is l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
 from html import escape
 from typing import Any
 
 from internalrl.analysis import figures
 from internalrl.analysis.episodes import player, stories
-from internalrl.analysis.evaluate import Episodes, play
 from internalrl.analysis.figures import COLORS, Level, Line, key_of, pair
 from internalrl.analysis.markup import curves, figure, gallery
-from internalrl.analysis.measure import References, coding, plane, policy_codes, random_codes, references
-from internalrl.analysis.probe import probe
-from internalrl.analysis.runs import Models, find, run_task
-from internalrl.runlog import RunFolder
-from internalrl.stages import EvaluateConfig
+from internalrl.analysis.material import Material
+from internalrl.analysis.measure import coding, plane, policy_codes, random_codes
+from internalrl.analysis.probe import limits, probe
+from internalrl.analysis.runs import find, run_task
 
 AGENTS = {
     "reinforce": "internal RL",
@@ -32,43 +27,6 @@ AGENTS = {
 
 DOTS = 600
 """Most codes drawn in one plane."""
-
-
-@dataclass(frozen=True)
-class Material:
-    """All that sections are made of; what several of them need is measured once."""
-
-    run: RunFolder
-    stored: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    models: Models
-    episodes: int
-
-    @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
-        return self.run.metrics()
-
-    @cached_property
-    def references(self) -> References:
-        return references(self.models.base, self.models.grid, self.episodes, self.run.seed)
-
-    @cached_property
-    def played(self) -> Episodes | None:
-        """Episodes of the trained policy; None without one."""
-        steered, grid = self.models.steered, self.models.grid
-        if steered is None or steered.policy is None:
-            return None
-        config, temperature = EvaluateConfig(episodes=256), self.setting("temperature") or 0.0
-        return next(play(steered, grid, run_task(self.run, grid), config, temperature, self.run.seed))
-
-    def setting(self, name: str) -> Any:
-        """A setting of the run by its name; None where it has none."""
-        return find(self.stored["config"], name)
-
-    def line(self, stage: str, name: str, label: str = "", x: str = "step", dots: bool = False) -> Line | None:
-        """The curve of one logged value; None when the stage never logged it."""
-        lines = [m for m in self.metrics if m["stage"] == stage and m.get(name) is not None and x in m]
-        return Line(label or name, [m[x] for m in lines], [m[name] for m in lines], dots) if lines else None
 
 
 def pretraining(m: Material) -> str:
@@ -93,12 +51,11 @@ def pretraining(m: Material) -> str:
         ),
     ]
     if m.models.grid.colors >= 6:  # fewer leave no demonstrations
-        found = m.summary.get("probe") or asdict(probe(base, m.models.grid, seed=m.run.seed))
-        accuracy = {int(layer): value for layer, value in found["accuracy"].items()}
         tap = m.models.steered.tap.layer if m.models.steered else None
+        accuracy = probe(base, m.models.grid, seed=m.run.seed)
         shown.append(
             figure(
-                figures.probe_bars(accuracy, found["bayes"], found["chance"], tap),
+                figures.probe_bars(accuracy, *limits(m.models.grid, seed=m.run.seed), tap),
                 "How often a linear read-out of the residual stream names the subgoal that the expert is after, "
                 "which the model is never told.",
             )
@@ -119,8 +76,9 @@ def discovery(m: Material) -> str:
     kl, nll = m.line("discover", "kl"), m.line("discover", "nll", "training batches")
     alone, informed = Level("base alone", known.base), Level("goal known", known.known)
     path = (kl.y, nll.y) if kl and nll else ([], [])
-    warmup = m.setting("warmup_steps")
-    options: dict[str, Any] = {"event": (warmup, "switch is learned") if warmup else None}
+    form, squeeze = m.setting("form_steps"), m.setting("squeeze_steps")
+    phases = [(form, "squeeze"), (form + squeeze, "switch")] if form and squeeze else []
+    options: dict[str, Any] = {"events": phases}
     shown = [
         figure(
             figures.raster(found.subgoal, found.switch, found.length),
@@ -130,8 +88,8 @@ def discovery(m: Material) -> str:
         ),
         figure(
             figures.rate_distortion(*path, (found.kl, found.nll), [alone, informed]),
-            "What the codes tell (rate) against how badly actions are predicted (distortion). The diamond is the "
-            "finished model on whole demonstrations, the path that of training batches, some of which begin mid-way.",
+            "What the codes tell (rate) against how badly actions are predicted (distortion): the finished model on "
+            "whole demonstrations, and its way there on training batches, some of which begin mid-way.",
         ),
         curves(
             [nll, m.line("discover", "hard_nll", "hard switches, fresh data", dots=True)],
@@ -157,8 +115,9 @@ def discovery(m: Material) -> str:
                 m.line("discover", "true_switches", "changes of subgoal", dots=True),
             ],
             "step",
-            "switches per episode, the first code not counted",
-            "How often the metacontroller changes its code, and how often the expert changes its subgoal.",
+            "switches per episode",
+            "How often the metacontroller changes its code, and the expert its subgoal; the first of an episode is not "
+            "counted.",
             y_range=(0, None),
             **options,
         ),
@@ -168,7 +127,7 @@ def discovery(m: Material) -> str:
                 m.line("discover", "switch_f1", "switch F1", dots=True),
             ],
             "step",
-            "fraction",
+            "decided steps and switch F1",
             "Decided steps are those where the switch is below .1 or above .9; switch F1 is its agreement, within "
             "one step, with the true changes of subgoal.",
             y_range=(-0.03, 1.03),
@@ -209,14 +168,18 @@ def _unseen(m: Material) -> list[Line]:
 
 def consolidation(m: Material) -> str:
     """Stage 2b: how the student catches up with the forgetful teacher."""
+    rates = [find(m.summary, f"unseen_pass_rate{when}") for when in ("_before_consolidation", "")]
+    effect = (
+        " It took the rate of unseen transitions from {:.2f} to {:.2f}.".format(*rates) if None not in rates else ""
+    )
     return gallery(
         "A code should mean the same in every context. The model plays under random codes with its memory cut at "
-        "every switch, and then learns to act like that with its memory whole.",
+        f"every switch, and then learns to act like that with its memory whole.{effect}",
         [
             curves(
                 [
-                    m.line("consolidate", "kl", "KL of its actions from those of the forgetful model"),
-                    m.line("consolidate", "switch_loss", "cross-entropy of the forgetful model's switches"),
+                    m.line("consolidate", "kl", "KL of the actions"),
+                    m.line("consolidate", "switch_loss", "cross-entropy of the switches"),
                     m.line("consolidate", "loss", "weighted sum"),
                 ],
                 "step",
@@ -255,7 +218,7 @@ def codes(m: Material) -> str:
         figure(
             figures.transitions(rates),
             "What follows a completed subgoal when the next code is random. Framed are the transitions that no "
-            f"demonstration contains; if codes did not depend on context, they too would occur at {1 / len(rates):.2f}.",
+            f"demonstration contains; did codes not depend on context, they too would occur at {1 / len(rates):.2f}.",
         )
     )
     return gallery("Without task or reward, random codes show what each of them makes the agent do.", shown)
@@ -271,8 +234,9 @@ def reinforcement(m: Material) -> str:
         "reward_std": "At zero all episodes of a batch end alike, and there is nothing to learn from.",
     }
     labels = ("steps per episode", "decisions per episode", "standard deviation of the reward")
+    names = {**AGENTS, "reinforce": "raw actions"} if m.setting("agent") == "raw-action" else AGENTS
     success = curves(
-        [m.line(stage, "success", AGENTS.get(stage, stage), x="episodes") for stage in ordered],
+        [m.line(stage, "success", names.get(stage, stage), x="episodes") for stage in ordered],
         "episodes",
         "success",
         "Share of an iteration's episodes that solved the whole task; nothing less is rewarded.",
@@ -281,8 +245,8 @@ def reinforcement(m: Material) -> str:
         wide=True,
     )
     return gallery(
-        f"The task is to visit the colours {escape(run_task(m.run, m.models.grid))} in this order, with one reward at "
-        "the very end. Internal RL chooses a code at each switch and leaves the rest to the frozen model.",
+        f"The task is to visit the colours {escape(run_task(m.run, m.models.grid))} in this order, with one reward "
+        "at the very end. Internal RL chooses a code at each switch and leaves the rest to the frozen model.",
         [
             success,
             *(
@@ -302,5 +266,5 @@ def pictures(m: Material) -> str:
     return (
         "<p>The trained policy at work. A path has the colour of the subgoal that its segment, the steps under one "
         "code, reached, and is grey if it reached none. The small pictures show the segments one by one, with the "
-        "colours entered.</p>" + key_of(key) + "".join(players)
+        "cells entered.</p>" + key_of(key) + "".join(players)
     )

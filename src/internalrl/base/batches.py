@@ -50,15 +50,22 @@ def to_batch(config: GridConfig, demonstrations: Demonstrations, starts: np.ndar
     return Batch(*(torch.from_numpy(x) for x in (observations, actions, mask, subgoal, boundary)))
 
 
+def held_out(config: GridConfig, size: int, seed: int) -> Batch:
+    """`size` whole demonstrations, of all lengths, that no training batch of the same seed holds."""
+    return to_batch(config, demonstrate(config, size, pretraining_tasks(config), np.random.default_rng([seed, 2**31])))
+
+
 def demonstration_batches(
     config: GridConfig, size: int, seed: int, start: int = 0, crop: float = 0.0, noise: float = 0.0
 ) -> Iterator[Batch]:
-    """Endless fresh demonstrations of the pretraining tasks, `size` episodes a batch; batch k depends on (seed, k) alone.
+    """Endless fresh demonstrations of the pretraining tasks, `size` episodes a batch.
+
+    Batch k depends on (seed, k) alone.
 
     Args:
         start: index of the first batch, to resume a run.
-        crop: probability that an episode is cut to begin at one of its later visits to a coloured cell: what
-            led there is then unknown. Colours are seen, so this uses no label.
+        crop: probability that an episode is cut to begin at a random step on a plain cell, where episodes begin:
+            what came before is then unknown. Colours are seen, so this uses no label.
         noise: the expert's noise ε.
     """
     tasks = pretraining_tasks(config)
@@ -76,9 +83,9 @@ def _crop_starts(
     config: GridConfig, demonstrations: Demonstrations, crop: float, rng: np.random.Generator
 ) -> np.ndarray:
     content = np.take_along_axis(demonstrations.layouts.contents, demonstrations.positions.astype(np.int64), 1)
-    arrived = (content < config.colors) & demonstrations.mask
-    chosen = (rng.random(arrived.shape) * arrived).argmax(1)
-    return np.where((rng.random(len(chosen)) < crop) & arrived.any(1), chosen, 0)
+    plain = (content >= config.colors) & demonstrations.mask
+    chosen = (rng.random(plain.shape) * plain).argmax(1)
+    return np.where(rng.random(len(chosen)) < crop, chosen, 0)
 
 
 def _rows(demonstrations: Demonstrations, rows: np.ndarray) -> Demonstrations:

@@ -8,6 +8,7 @@ predicting, as a class index.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -129,4 +130,4 @@ class PlanningEncoder(GridEncoder):
         return embeddings, EncoderState(state.plan, here[:, -1])
 
 
-ENCODERS: dict[str, type[GridEncoder]] = {"one-hot": OneHotEncoder, "planner": PlanningEncoder}
+ENCODERS: dict[str, Callable[..., GridEncoder]] = {"one-hot": OneHotEncoder, "planner": PlanningEncoder}

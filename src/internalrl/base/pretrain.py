@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internalrl.base.batches import Batch, demonstration_batches, split, to_batch
-from internalrl.base.trajectory import TrajectoryConfig, TrajectoryModel, llama_backbone
+from internalrl.base.trajectory import TrajectoryConfig, TrajectoryModel, llama_backbone, save_trajectory_model
 from internalrl.domains.grid import GridConfig, demonstrate, pretraining_tasks
 from internalrl.domains.grid_bayes import bayes_filter
 from internalrl.loop import Loop, optimise
@@ -30,7 +30,7 @@ def main(config: PretrainConfig, run: RunFolder) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     model = build(config.base, config.grid)
     loop = pretrain(model, config, run)
-    model.save_pretrained(run.path / "base")
+    save_trajectory_model(model, run.path / "base")
     return {**evaluate(model, config.grid, seed=run.seed), "seconds": loop.seconds}
 
 

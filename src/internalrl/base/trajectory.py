@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, Cache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from internalrl.base.encoders import ENCODERS, EncoderState
 from internalrl.domains.grid_layouts import GridConfig
 from internalrl.errors import InternalRLError
+from internalrl.files import write_errors, write_together
 
 
 class TrajectoryConfig(PretrainedConfig):
@@ -213,15 +215,6 @@ class _PreallocatedLayer(DynamicLayer):
         self.keys, self.values = self.buffer[0, :, :, :end], self.buffer[1, :, :, :end]
         return self.keys, self.values
 
-    def overwrite_last(self, rows: Tensor, other: _PreallocatedLayer) -> None:
-        """Replace the last step of `rows` by the last step of `other`, whose batch is those rows."""
-        self.buffer[:, rows, :, self.used - 1] = other.buffer[:, :, :, other.used - 1]
-
-    def rewind(self, length: int) -> None:
-        """Forget the steps after the first `length`."""
-        self.used = min(self.used, length)
-        self.keys, self.values = self.buffer[0, :, :, : self.used], self.buffer[1, :, :, : self.used]
-
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             self.buffer = self.buffer[:, indices]
@@ -241,11 +234,6 @@ class TrajectoryCache(Cache):
     def length(self) -> int:
         return self.get_seq_length()
 
-    def overwrite_last(self, rows: Tensor, other: TrajectoryCache) -> None:
-        """Replace the last step of `rows` (index tensor) by that of `other`, a cache of just those rows."""
-        for layer, source in zip(self.layers, other.layers, strict=True):
-            layer.overwrite_last(rows, source)
-
     def rewind(self, length: int) -> None:
         """Forget what a forward pass that was stopped half-way has left in the blocks it reached.
 
@@ -262,8 +250,22 @@ class TrajectoryCache(Cache):
             self.encoder = self.encoder.select(rows)
 
 
+def save_trajectory_model(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write `model` to `folder` as Hugging Face does, but whole or not at all.
+
+    A full disk raises InternalRLError and leaves an older model there as it was.
+    """
+    folder, config = Path(folder), model.config
+    config.architectures, config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    data = safetensors.torch.save(tensors, {"format": "pt"})
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_together({folder / "model.safetensors": data, folder / "config.json": config.to_json_string().encode()})
+
+
 def load_trajectory_model(folder: str | Path) -> TrajectoryModel:
-    """The model that `save_pretrained` wrote to `folder`; InternalRLError when it is not there whole."""
+    """The model that `save_trajectory_model` wrote to `folder`; InternalRLError when it is not there whole."""
     try:
         # without a config.json, Hugging Face would take the folder for a name on its hub
         kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]

@@ -22,6 +22,7 @@ from internalrl.runlog import RunFolder
 from internalrl.stages import ConsolidateConfig
 
 LOG_EVERY = 10
+TOGETHER = 1024  # episodes played at once: few enough for the cache of a core
 
 
 @dataclass
@@ -55,15 +56,15 @@ def consolidation_loss(steered: SteeredModel, lesson: Lesson, switch_coef: float
 
 def teach(steered: SteeredModel, config: ConsolidateConfig, seed: int) -> list[Lesson]:
     """What the forgetful teacher does with random codes: no task, no reward, no end before the horizon."""
-    grid = steered.base.config.grid
-    play = free_play(steered, grid, config.episodes, seed, forget=True)
-    lessons = []
-    for part in torch.arange(config.episodes).split(config.batch_size):
-        observations = torch.from_numpy(observe(grid, play.contents[part], play.positions[part]))
+    grid, lessons = steered.base.config.grid, []
+    for first in range(0, config.episodes, TOGETHER):
+        count = min(TOGETHER, config.episodes - first)
+        play = free_play(steered, grid, count, seed + first, forget=True)
         r = play.rollout
-        lessons.append(
-            Lesson(steered.residual(observations), r.code[part], r.switch[part], r.logits[part], r.mask[part])
-        )
+        for part in torch.arange(count).split(config.batch_size):
+            observations = torch.from_numpy(observe(grid, play.contents[part], play.positions[part]))
+            residual = steered.residual(observations)
+            lessons.append(Lesson(residual, r.code[part], r.switch[part], r.logits[part], r.mask[part]))
     return lessons
 
 

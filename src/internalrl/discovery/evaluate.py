@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def free_play(steered: SteeredModel, grid: GridConfig, episodes: int, seed: int,
     return Play(environment.layouts.contents, environment.positions, result)
 
 
-def pass_rates(steered: SteeredModel, grid: GridConfig, episodes: int = 512, seed: int = 0) -> dict[str, object]:
+def pass_rates(steered: SteeredModel, grid: GridConfig, episodes: int = 512, seed: int = 0) -> dict[str, Any]:
     """What random codes do after each completed subgoal, in full context.
 
     `transitions`[a][b]: rate at which subgoal b follows subgoal a (ideal 1 / number of subgoals);

@@ -1,13 +1,14 @@
 """The discovery objective: −ELBO of the actions with a code per segment (paper, C.4 and E.1).
 
-L = Σ_t −log p(a_t | o_1:t, z_1:t) + α Σ_t w_t KL_t + c Σ_{t>1} β_t, divided by the number of actions, with w = β for the
-exact ELBO or w = 1 for the paper's loss. The switch cost c is ours: without it a new code at every step is a local
-optimum. So is the counterfactual gradient of the switch: see `switch_loss`.
+L = Σ_t −log p(a_t | o_1:t, z_1:t) + α Σ_t w_t KL_t + c Σ_{t>1} β_t, divided by the number of actions, with w = β
+for the exact ELBO or w = 1 for the paper's loss. The switch cost c is ours: without it a new code at every step is a
+local optimum. So is the counterfactual gradient of the switch: see `switch_loss`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def discovery_loss(
     steered: SteeredModel,
     episodes: Episodes,
     coefficients: Coefficients,
-    mode: SwitchMode | str,
+    mode: SwitchMode | Literal["counterfactual"],
     temperature: float = 1.0,
     random_switch: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
@@ -125,7 +126,7 @@ def switch_loss(
     before: Tensor,
     proposals: Proposals,
     drawn: Segmentation,
-    edits: int = 3,
+    edits: int = 2,
 ) -> Tensor:
     """Counterfactual gradient of the switch: would the episode's loss fall if β_t were the other way round?
 
@@ -149,16 +150,20 @@ def switch_loss(
     for i, step in enumerate(steps, start=1):
         effect = (cost[i] - cost[0]) * torch.where(drawn.switch[rows, step] > 0.5, -1.0, 1.0)  # of β = 1 over β = 0
         cheaper = (effect < 0).to(x.dtype)
-        weight = effect.abs().clamp(max=LARGEST_EFFECT)
+        weight = effect.abs().clamp(max=LARGEST_EFFECT) * (step > 0)
         loss = loss + (weight * F.binary_cross_entropy_with_logits(logit[rows, step], cheaper, reduction="none")).mean()
     return loss / edits
 
 
 def _steps_to_flip(switch: Tensor, mask: Tensor) -> Tensor:
-    """(B,): one step t > 0 of each episode; half of the time one with a switch, where there is any."""
+    """(B,): one step t > 0 of each episode; half of the time one with a switch, where there is any.
+
+    An episode of one step has none, and gets its first step.
+    """
     later = mask.to(switch.dtype)
     later[:, 0] = 0
-    later[:, 1] += 1e-9  # an episode of one step has none: its padding may be flipped without effect
     on = switch * later
     wanted = (torch.rand(len(mask), 1) < 0.5) & (on.sum(1, keepdim=True) > 0)
-    return torch.multinomial(torch.where(wanted, on, later), 1).squeeze(1)
+    chance = torch.where(wanted, on, later)
+    chance[:, 0] = ~mask[:, 1:].any(1)
+    return torch.multinomial(chance, 1).squeeze(1)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from internalrl.base.batches import demonstration_batches
-from internalrl.base.trajectory import load_trajectory_model
+from internalrl.base.batches import demonstration_batches, held_out
+from internalrl.base.trajectory import load_trajectory_model, save_trajectory_model
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.evaluate import alignment, pass_rates
 from internalrl.discovery.objective import Coefficients, Episodes, discovery_loss
@@ -25,7 +25,7 @@ EVALUATE_EVERY = 100
 def main(config: DiscoverConfig, run: RunFolder) -> dict[str, Any]:
     """Discover and consolidate on the base model of another run; save base and adapter to `run`."""
     base = load_trajectory_model(config.base / "base")
-    base.save_pretrained(run.path / "base")
+    save_trajectory_model(base, run.path / "base")
     torch.manual_seed(run.seed)
     steered = SteeredModel.from_base(base, config.metacontroller)
     seconds = discover(steered, config, run).seconds
@@ -43,7 +43,7 @@ def discover(steered: SteeredModel, config: DiscoverConfig, run: RunFolder) -> L
     """
     meta, grid = steered.metacontroller, steered.base.config.grid
     corpus = read_corpus(steered, config, run.seed)
-    held_out = next(demonstration_batches(grid, 512, run.seed + 2))
+    unseen = held_out(grid, 256, run.seed)
     optimizer = make_optimizer(meta, config)
     choice = torch.Generator().manual_seed(run.seed)
     learn_from = config.form_steps + config.squeeze_steps
@@ -60,13 +60,16 @@ def discover(steered: SteeredModel, config: DiscoverConfig, run: RunFolder) -> L
             config.switch,
             random_switch=config.random_switch if step < learn_from else None,
         )
+        left = min((total - step) / config.switch_steps, 1.0)  # the rate falls to a tenth as the switch is learned
+        for group, rate in zip(optimizer.param_groups, (config.lr, config.switch_lr), strict=True):
+            group["lr"] = rate * (0.1 + 0.9 * left)
         optimise(loss, optimizer)
         last = step == total - 1
         if step % LOG_EVERY == 0 or last:
             if step % EVALUATE_EVERY == 0 or last:
-                metrics |= alignment(steered, held_out) | pass_rates(steered, grid, 64, run.seed)
+                metrics |= alignment(steered, unseen) | pass_rates(steered, grid, 64, run.seed)
             loop.log(**metrics)
-    warn_of_collapse(metrics)
+    warn_of_collapse(run.metrics("discover")[-1])
     return loop
 
 
@@ -81,15 +84,15 @@ def make_optimizer(meta: Metacontroller, config: DiscoverConfig) -> torch.optim.
     """AdamW, with its own rate for the switch."""
     switch = meta.parameters_of("switch")
     rest = meta.parameters_of("history", "encoder", "controller")
-    groups = [{"params": rest}, {"params": switch, "lr": config.switch_lr}]
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": switch, "lr": config.switch_lr}]
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def coefficients_at(step: int, config: DiscoverConfig) -> Coefficients:
     """α and c at a step: both rise geometrically, α in the squeeze and again, with c, as the switch is learned."""
     squeezed = min(max(step - config.form_steps, 0) / max(config.squeeze_steps, 1), 1.0)
-    learning = step - config.form_steps - config.squeeze_steps
-    risen = min(max(learning, 0) / max(config.rise_steps, 1), 1.0)
+    rising = step - config.form_steps - config.squeeze_steps - config.hold_steps
+    risen = min(max(rising, 0) / max(config.rise_steps, 1), 1.0)
     return Coefficients(
         config.kl_coef_form ** (1 - squeezed) * config.kl_coef_squeeze ** (squeezed - risen) * config.kl_coef**risen,
         config.switch_cost_start ** (1 - risen) * config.switch_cost**risen,
@@ -110,5 +113,4 @@ def warn_of_collapse(metrics: dict[str, Any]) -> None:
 def evaluate(steered: SteeredModel, seed: int) -> dict[str, Any]:
     """Alignment on fresh demonstrations and the pass rates of random codes."""
     grid = steered.base.config.grid
-    batch = next(demonstration_batches(grid, 1024, seed + 10**6))
-    return {**alignment(steered, batch), "pass_rates": pass_rates(steered, grid, 512, seed)}
+    return {**alignment(steered, held_out(grid, 1024, seed)), "pass_rates": pass_rates(steered, grid, 512, seed)}

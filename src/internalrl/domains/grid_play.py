@@ -52,8 +52,8 @@ def subgoal_transitions(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """What followed each completed subgoal in `entered` (N, T).
 
-    A subgoal k is completed when colour 2k + 1 is entered directly after colour 2k. Returns counts (S, S) of the subgoal
-    that the next two colours complete, and (S,) of all that followed: also other pairs of colours, or nothing
+    A subgoal k is completed when colour 2k + 1 is entered directly after colour 2k. Returns counts (S, S) of the
+    subgoal that the next two colours complete, and (S,) of all that followed: also other pairs of colours, or nothing
     within the `ROOM` steps that must be left.
     """
     subgoals = config.colors // 2

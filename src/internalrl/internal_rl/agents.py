@@ -19,7 +19,7 @@ from internalrl.metacontroller.steered import SteeredModel
 
 @dataclass
 class Decisions:
-    """What was `seen` (N, S, …) and `chosen` (N, S, …) at the S decisions of each episode; `mask` (N, S) marks real ones."""
+    """What was `seen` (N, S, …) and `chosen` (N, S, …) at S decisions of each episode; `mask` (N, S): real ones."""
 
     seen: Tensor
     chosen: Tensor
@@ -27,9 +27,11 @@ class Decisions:
 
 
 class Agent(Protocol):
-    """`module` holds the parameters that learn."""
+    """Who decides in an episode."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """Holds the parameters that learn."""
 
     def play(self, environment: BatchEnvironment, generator: torch.Generator) -> tuple[Rollout, Decisions]: ...
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from internalrl.base.trajectory import save_trajectory_model
 from internalrl.domains.grid import GridBatch, GridConfig, parse_task, sample_layouts
 from internalrl.internal_rl.agents import Agent, InternalAgent, RawActionAgent
 from internalrl.internal_rl.objective import advantages, clipped_surrogate
@@ -34,7 +35,7 @@ def main(config: ReinforceConfig, run: RunFolder) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     steered = SteeredModel.from_pretrained(config.discovered / "base", config.discovered / "adapter")
     summary = reinforce(make_agent(steered, config), grid_environments(steered, config, run.seed), config, run)
-    steered.base.save_pretrained(run.path / "base")
+    save_trajectory_model(steered.base, run.path / "base")
     steered.save_pretrained(run.path / "adapter", {"reinforce": {"task": config.task, "seed": run.seed}})
     return summary
 

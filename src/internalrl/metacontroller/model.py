@@ -66,12 +66,11 @@ class Metacontroller(nn.Module):
         self.config, self.width = config, width
         # f_enc and the summaries it reads: history h_t of e_1:t, sequence embedding s_t of e_t:T [Eq 12-15]
         self.history = nn.GRU(width, config.n_h, batch_first=True)
-        self.future = nn.GRU(width, config.n_s, batch_first=True)
-        self.encoder = nn.Sequential(
-            nn.Linear(width + config.n_h + config.n_s, config.encoder_hidden),
-            nn.ReLU(),
-            nn.Linear(config.encoder_hidden, 2 * config.n_z),
-        )
+        self.future = nn.Linear(width, config.n_s)
+        self.decay = nn.Parameter(torch.linspace(0.0, 3.0, config.n_s))  # logits: memories of 2 to 21 steps
+        into = nn.Linear(width + config.n_h + config.n_s, config.encoder_hidden)
+        out = nn.Linear(config.encoder_hidden, 2 * config.n_z)
+        self.encoder = nn.Sequential(into, nn.ReLU(), out)
         # f_switch(e_t, h_{t-1}, z_{t-1}) [Eq 16]
         self.switch_context = nn.Linear(width + config.n_h, config.switch_hidden)
         self.switch_code = nn.Linear(config.n_z, config.switch_hidden, bias=False)
@@ -80,10 +79,11 @@ class Metacontroller(nn.Module):
         self.features = nn.Linear(config.n_z, config.controller_hidden)
         k = config.controller_hidden + 1
         self.down = nn.Parameter(config.controller_init * torch.randn(width, config.rank * k))
+        self.offset = nn.Parameter(torch.randn(config.rank * k))
         self.up = nn.Parameter(config.controller_init * torch.randn(config.rank * k, width))
         with torch.no_grad():  # codes that differ, and say so clearly: small or noisy ones collapse onto the prior
-            self.encoder[-1].weight[: config.n_z] *= config.encoder_gain
-            self.encoder[-1].bias[config.n_z :] = config.encoder_log_std
+            out.weight[: config.n_z] *= config.encoder_gain
+            out.bias[config.n_z :] = config.encoder_log_std
         self.reset_switch()
 
     def reset_switch(self) -> None:
@@ -95,9 +95,9 @@ class Metacontroller(nn.Module):
         """Parameters of the named parts: "history", "encoder", "switch", "controller"."""
         prefixes = {
             "history": ("history",),
-            "encoder": ("encoder", "future"),
+            "encoder": ("encoder", "future", "decay"),
             "switch": ("switch",),
-            "controller": ("features", "down", "up"),
+            "controller": ("features", "down", "offset", "up"),
         }
         wanted = tuple(prefix for part in parts for prefix in prefixes[part])
         return [parameter for name, parameter in self.named_parameters() if name.startswith(wanted)]
@@ -113,18 +113,25 @@ class Metacontroller(nn.Module):
         history, _ = self.history(x)
         return F.pad(history[:, :-1], (0, 0, 1, 0))
 
+    def embed_future(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Sequence embedding s (B, T, n_s): decaying sums of features of e_t..e_T, blind to the order of steps.
+
+        What is to be reached can be read from it, the order of the moves that lead there cannot: a code that
+        knew that order would be worth its rate without naming a subgoal.
+        """
+        steps = torch.arange(x.shape[1], device=x.device)
+        ahead = (steps - steps[:, None])[..., None]  # (from, to, 1)
+        decay = torch.sigmoid(self.decay)
+        kernel = torch.where(ahead >= 0, (1 - decay) * decay ** ahead.clamp(min=0), 0.0)
+        return torch.einsum("ftn,btn->bfn", kernel, torch.tanh(self.future(x)) * mask[..., None])
+
     def propose(self, x: Tensor, before: Tensor, mask: Tensor) -> Proposals:
         """Acausal posterior over codes at every step [Eq 12–15].
 
         Args:
             x: (B, T, n_e) from `read`; before: (B, T, n_h) from `summarise`; mask: (B, T), True at real steps.
         """
-        length = mask.sum(1, keepdim=True)
-        steps = torch.arange(x.shape[1], device=x.device)
-        backwards = torch.where(steps < length, length - 1 - steps, steps)[..., None]
-        reversed_x = x.gather(1, backwards.expand_as(x))
-        future, _ = self.future(reversed_x)
-        future = future.gather(1, backwards.expand_as(future))
+        future = self.embed_future(x, mask)
         mean, log_std = self.encoder(torch.cat([x, before, future], -1)).chunk(2, -1)
         std = log_std.clamp(-5, 2).exp()
         return Proposals(mean, std, mean + std * torch.randn_like(std))
@@ -174,7 +181,7 @@ class Metacontroller(nn.Module):
             residual: (…, n_e); code: (…, n_z). Returns (…, n_e).
         """
         f = F.pad(F.relu(self.features(code)), (0, 1), value=1.0).to(residual.dtype)
-        inner = (residual @ self.down).unflatten(-1, (self.config.rank, -1))
+        inner = (residual @ self.down + self.offset).unflatten(-1, (self.config.rank, -1))
         inner = torch.einsum("...rk,...k->...r", inner, f)
         return residual + torch.einsum("...r,...k->...rk", inner, f).flatten(-2) @ self.up
 
@@ -196,9 +203,7 @@ class Metacontroller(nn.Module):
         """
         context = self.switch_context(torch.cat([x, state.history], -1))
         logit = self.switch_logit(context, state.code)
-        g = self.history
-        history = torch.gru_cell(x, state.history, g.weight_ih_l0, g.weight_hh_l0, g.bias_ih_l0, g.bias_hh_l0)
-        return (logit > 0) | ~state.started, logit, history
+        return (logit > 0) | ~state.started, logit, gru_step(self.history, x, state.history)
 
 
 def held_code(proposal: Tensor, switch: Tensor) -> Tensor:
@@ -206,6 +211,11 @@ def held_code(proposal: Tensor, switch: Tensor) -> Tensor:
     steps = torch.arange(switch.shape[1], device=switch.device).expand_as(switch)
     opened = torch.where(switch > 0.5, steps, 0).cummax(1).values
     return proposal.gather(1, opened[..., None].expand_as(proposal))
+
+
+def gru_step(gru: nn.GRU, x: Tensor, hidden: Tensor) -> Tensor:
+    """One step of a single-layer GRU: x (B, n) and the hidden state (B, n_h) -> the next hidden state (B, n_h)."""
+    return torch.gru_cell(x, hidden, *gru.all_weights[0])
 
 
 def gate(logit: Tensor, noise: Tensor, mode: SwitchMode, temperature: float = 1.0) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from internalrl.metacontroller.model import gru_step
+
 
 class Policy(nn.Module):
     """N(mean(e at switches so far), std²); the std is learned and does not depend on the state.
@@ -53,7 +55,7 @@ class PolicyActor:
 
     @torch.no_grad()
     def __call__(self, rows: Tensor, x: Tensor) -> Tensor:
-        hidden = torch.gru_cell(x, self.hidden[rows], *self.policy.recurrent.parameters())
+        hidden = gru_step(self.policy.recurrent, x, self.hidden[rows])
         self.hidden[rows] = hidden
         code = self.policy.mean(hidden)
         if not self.deterministic:

@@ -30,7 +30,8 @@ class BatchEnvironment(Protocol):
 class Rollout:
     """N episodes of up to T steps; entries at steps ≥ length are zero.
 
-    reward (N,), length (N,), actions (N, T), logits (N, T, A), switch (N, T) bool, switch_logit (N, T), code (N, T, n_z).
+    reward (N,), length (N,), actions (N, T), logits (N, T, A), switch (N, T) bool, switch_logit (N, T),
+    code (N, T, n_z).
     """
 
     reward: Tensor

@@ -39,13 +39,18 @@ class Decoding:
     cache: TrajectoryCache | None
     state: MetacontrollerState
     segments: Tensor | None
+    switched: Tensor | None = None
 
     def continued_segments(self) -> Tensor | None:
-        """Segment numbers (B, past + 1) with one more step, in the segment of the last one."""
+        """Segment numbers (B, past + 1) with one more step: what `step` will let it see.
+
+        A step at which the switch fired stands alone: what it saw, it saw from the segment before.
+        """
         if self.segments is None:
             return None
-        last = self.segments[:, -1:] if self.segments.shape[1] else self.state.started[:, None].long()
-        return torch.cat([self.segments, last], 1)
+        if self.switched is None:
+            return self.segments.new_zeros(len(self.segments), 1)
+        return torch.cat([self.segments, self.segments[:, -1:] + self.switched[:, None]], 1)
 
     def select(self, rows: Tensor) -> None:
         """Keep only `rows` (index tensor)."""
@@ -54,6 +59,8 @@ class Decoding:
         self.state = self.state.select(rows)
         if self.segments is not None:
             self.segments = self.segments[rows]
+        if self.switched is not None:
+            self.switched = self.switched[rows]
 
 
 class SteeredModel(nn.Module):
@@ -159,9 +166,9 @@ class SteeredModel(nn.Module):
             )
         decoding.cache = output.past_key_values
         result = Step(output.logits[:, -1], **taken)
-        reopened = (result.switch & before.started).nonzero().squeeze(-1)
-        if decoding.segments is not None and len(reopened):
-            self._forget(observations, decoding, reopened, result)
+        if decoding.segments is not None:
+            decoding.switched = result.switch & before.started
+            self._forget(observations, decoding, decoding.switched.nonzero().squeeze(-1), result)
         return result
 
     @torch.no_grad()
@@ -185,18 +192,12 @@ class SteeredModel(nn.Module):
         return self.metacontroller.advance(x, decoding.state)[0], x
 
     def _forget(self, observations: Tensor, decoding: Decoding, rows: Tensor, result: Step) -> None:
-        """Compute this step of `rows` again as the first of a sequence, and store it in state and cache."""
-        assert decoding.cache is not None
+        """Act in `rows`, which switched, as if the sequence began here; later steps will not see even this one."""
+        if not len(rows):
+            return
         assert decoding.segments is not None
-        meta, state = self.metacontroller, decoding.state
-
-        def steer(residual: Tensor) -> Tensor:
-            _, _, history = meta.advance(meta.read(residual[:, -1]), meta.start(len(rows)))
-            state.history[rows] = history
-            return meta.control(residual, state.code[rows, None])
-
-        with self.tap.steering(steer):
-            output = self.base(observations[rows, None], use_cache=True)
-        decoding.cache.overwrite_last(rows, output.past_key_values)
+        state = decoding.state
         decoding.segments[rows, -1] += 1
-        result.logits[rows] = output.logits[:, -1]
+        state.history[rows] = 0
+        with self.tap.steering(lambda residual: self.metacontroller.control(residual, state.code[rows, None])):
+            result.logits[rows] = self.base(observations[rows, None]).logits[:, -1]

@@ -1,0 +1,102 @@
+"""The grid world over several seeds: the demo's three stages, then every baseline on the same number of episodes.
+
+    python benchmarks/grid.py --seeds 0 1 2 3 4 --jobs 2
+
+Runs go to runs/bench/grid/seed-K and are continued where they were cut off. Results, with the bars of the project,
+their median and spread, go to benchmarks/results/grid.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "bench" / "grid"
+RESULTS = ROOT / "benchmarks" / "results" / "grid.json"
+
+BASELINES = {
+    "no-consolidation": {"adapter": "discovered", "agent": "internal"},
+    "raw-action": {"adapter": "discovered", "agent": "raw-action", "controller": False},
+    "raw-action-consolidated": {"adapter": "consolidated", "agent": "raw-action"},
+}
+"""Baseline -> adapter it starts from and what differs from internal RL; `raw-action` is part of the demo itself."""
+
+
+def one_seed(seed: int) -> None:
+    """Everything for one seed, on one thread."""
+    import torch
+
+    from internalrl.configio import to_dict
+    from internalrl.demo import main as demo
+    from internalrl.internal_rl.train import grid_environments, make_agent, reinforce
+    from internalrl.metacontroller.steered import SteeredModel
+    from internalrl.runlog import RunFolder
+    from internalrl.stages import DemoConfig
+
+    torch.set_num_threads(1)
+    folder, config = RUNS / f"seed-{seed}", DemoConfig()
+    run = RunFolder.create(folder, to_dict(config), seed=seed, resume=(folder / "config.json").exists())
+    summary = demo(config, run)
+    summary["baselines"] = {"raw-action": {"success": summary["raw_action_success"], "episodes": summary["episodes"]}}
+    for name, change in BASELINES.items():
+        if name == "raw-action":
+            continue
+        options = {k: v for k, v in change.items() if k != "adapter"}
+        budget = replace(config.reinforce, episodes=summary["episodes"], **options)
+        torch.manual_seed(seed)
+        steered = SteeredModel.from_pretrained(folder / "base", folder / change["adapter"])
+        environments = grid_environments(steered, budget, seed)
+        summary["baselines"][name] = reinforce(make_agent(steered, budget), environments, budget, run, name)
+    run.write_json("summary.json", summary)
+
+
+def collect(seeds: list[int]) -> dict[str, Any]:
+    """Results of all seeds, with median, minimum and maximum of the headline figures."""
+    from internalrl.runlog import environment
+
+    runs = {str(seed): json.loads((RUNS / f"seed-{seed}" / "summary.json").read_text()) for seed in seeds}
+    keys = [k for k, v in next(iter(runs.values())).items() if isinstance(v, int | float)]
+    spread = {}
+    for key in keys:
+        values = [run[key] for run in runs.values()]
+        spread[key] = {"median": median(values), "min": min(values), "max": max(values)}
+    return {
+        "command": f"python benchmarks/grid.py --seeds {' '.join(map(str, seeds))}",
+        "seeds": seeds,
+        "spread": spread,
+        "runs": runs,
+        **environment(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one thread each")
+    parser.add_argument("--one", type=int, help="run this seed in this process")
+    options = parser.parse_args()
+    if options.one is not None:
+        one_seed(options.one)
+        return
+    waiting, running = list(options.seeds), []
+    while waiting or running:
+        while waiting and len(running) < options.jobs:
+            seed = waiting.pop(0)
+            RUNS.mkdir(parents=True, exist_ok=True)
+            log = (RUNS / f"seed-{seed}.log").open("a")
+            command = [sys.executable, __file__, "--one", str(seed)]
+            running.append(subprocess.Popen(command, stdout=log, stderr=log))
+        if running.pop(0).wait():
+            raise SystemExit(f"A seed failed; see the logs in {RUNS}.")
+    RESULTS.write_text(json.dumps(collect(options.seeds), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
