@@ -94,12 +94,21 @@ class ReferenceMetacontroller:
             h = self.gru("history", step, h)
         return before
 
+    def embed_future(self, x: Matrix, length: int) -> Matrix:
+        """s_t = Σ_{k ≥ t} (1 − d) d^(k − t) tanh(W x_k + b) at the first `length` steps of one sequence."""
+        embedding = []
+        for t in range(length):
+            s = zeros(self.config.n_s)
+            for k in range(t, length):
+                heard = affine(self.w["future.weight"], self.w["future.bias"], x[k])
+                for i, decay in enumerate(map(sigmoid, self.w["decay"])):
+                    s[i] = s[i] + (1 - decay) * decay ** (k - t) * torch.tanh(heard[i])
+            embedding.append(s)
+        return embedding
+
     def propose(self, x: Matrix, before: Matrix, length: int) -> tuple[Matrix, Matrix]:
         """Mean and std of the code at the first `length` steps of one sequence [Eq 12–15]."""
-        s, future = zeros(self.config.n_s), {}
-        for t in reversed(range(length)):
-            s = self.gru("future", x[t], s)
-            future[t] = s
+        future = self.embed_future(x, length)
         means, stds = [], []
         for t in range(length):
             hidden = relu(affine(self.w["encoder.0.weight"], self.w["encoder.0.bias"], x[t] + before[t] + future[t]))
@@ -156,16 +165,19 @@ class ReferenceMetacontroller:
     # -- how it steers ------------------------------------------------------------------------------------
 
     def controller(self, z: Vector) -> Matrix:
-        """U(z) whole; from e_i to e_j goes u_ij = Σ_r (Σ_k down_irk f_k) (Σ_m f_m up_rmj)."""
+        """U(z) whole; from e_i to e_j goes u_ij = Σ_r (Σ_k down_irk f_k) (Σ_m f_m up_rmj).
+
+        A last row holds what is added whatever e is: there the offsets stand in the place of `down`.
+        """
         f = [*relu(affine(self.w["features.weight"], self.w["features.bias"], z)), number(1.0)]
         k = len(f)
         matrix = []
-        for i in range(self.width):
+        for down in [*self.w["down"], self.w["offset"]]:
             row = []
             for j in range(self.width):
                 total = number(0.0)
                 for r in range(self.config.rank):
-                    into = dot(self.w["down"][i][r * k : (r + 1) * k], f)
+                    into = dot(down[r * k : (r + 1) * k], f)
                     out = dot([self.w["up"][r * k + m][j] for m in range(k)], f)
                     total = total + into * out
                 row.append(total)
@@ -173,9 +185,9 @@ class ReferenceMetacontroller:
         return matrix
 
     def control(self, e: Vector, z: Vector) -> Vector:
-        """e + U(z) e [Eq 17, 18]."""
+        """e + U(z) e, with a last entry 1 of e for the offsets [Eq 17, 18]."""
         u = self.controller(z)
-        return [e[j] + dot(e, [u[i][j] for i in range(self.width)]) for j in range(self.width)]
+        return [e[j] + dot([*e, number(1.0)], [row[j] for row in u]) for j in range(self.width)]
 
     # -- what it costs ------------------------------------------------------------------------------------
 

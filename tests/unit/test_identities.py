@@ -142,11 +142,20 @@ def test_rollout_asks_for_codes_only_in_running_episodes(steered: SteeredModel) 
 # ---------------------------------------------------------------------------------- segments that forget
 
 
+def forgetful_segments(switch: Tensor) -> Tensor:
+    """Segment numbers (B, T): a step at which the switch fires, after the first, sees and is seen by no other."""
+    alone = switch.clone()
+    alone[:, 0] = False
+    after = torch.zeros_like(alone)
+    after[:, 1:] = alone[:, :-1]
+    return (alone | after).long().cumsum(1)
+
+
 def test_forgetting_is_a_full_forward_with_segments(steered: SteeredModel, observations: Tensor) -> None:
     decoded, decoding = decode(steered, observations, codes(BATCH, STEPS), forget=True)
     assert varied(decoded.switch)
-    segments = decoded.switch.long().cumsum(1) - 1
-    assert torch.equal(decoding.segments, segments)
+    segments = forgetful_segments(decoded.switch)
+    assert torch.equal(decoding.segments.diff(dim=1) != 0, segments.diff(dim=1) != 0)
     residual = steered.residual(observations, segments)
     close(decoded.logits, steered(residual, decoded.code, segments=segments))
     remembered, _ = decode(steered, observations, codes(BATCH, STEPS))
@@ -155,8 +164,8 @@ def test_forgetting_is_a_full_forward_with_segments(steered: SteeredModel, obser
 
 def test_forgetting_is_each_segment_alone(steered: SteeredModel, observations: Tensor) -> None:
     decoded, _ = decode(steered, observations, codes(BATCH, STEPS), forget=True)
-    for row in range(BATCH):
-        starts = [*decoded.switch[row].nonzero().squeeze(-1).tolist(), STEPS]
+    for row, numbers in enumerate(forgetful_segments(decoded.switch)):
+        starts = [0, *(numbers.diff().nonzero().squeeze(-1) + 1).tolist(), STEPS]
         for begin, end in pairwise(starts):
             part = slice(begin, end)
             alone, code = observations[row : row + 1, part], decoded.code[row : row + 1, part]

@@ -103,7 +103,7 @@ def test_same_codes_give_the_same_episode_as_a_rollout(encoder: str) -> None:
     steered = switching(encoder)
     env = environment(steered)
     counts = []
-    for seed in range(12):
+    for seed in range(24):
         segments, chosen = play(env, seed)
         result, seen = replay(steered, env, chosen)
         starts = np.cumsum([0, *(segment.length for segment in segments)])

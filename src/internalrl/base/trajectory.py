@@ -215,6 +215,11 @@ class _PreallocatedLayer(DynamicLayer):
         self.keys, self.values = self.buffer[0, :, :, :end], self.buffer[1, :, :, :end]
         return self.keys, self.values
 
+    def rewind(self, length: int) -> None:
+        """Forget the steps after the first `length`."""
+        self.used = min(self.used, length)
+        self.keys, self.values = self.buffer[0, :, :, : self.used], self.buffer[1, :, :, : self.used]
+
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             self.buffer = self.buffer[:, indices]

@@ -80,7 +80,7 @@ class Metacontroller(nn.Module):
         k = config.controller_hidden + 1
         self.down = nn.Parameter(config.controller_init * torch.randn(width, config.rank * k))
         self.offset = nn.Parameter(torch.randn(config.rank * k))
-        self.up = nn.Parameter(config.controller_init * torch.randn(config.rank * k, width))
+        self.up = nn.Parameter(0.1 * config.controller_init * torch.randn(config.rank * k, width))
         with torch.no_grad():  # codes that differ, and say so clearly: small or noisy ones collapse onto the prior
             out.weight[: config.n_z] *= config.encoder_gain
             out.bias[config.n_z :] = config.encoder_log_std
