@@ -17,7 +17,7 @@ from internalrl.stages import (
 GRID = GridConfig(size=5, colors=6, walls=1, horizon=40)
 PRETRAIN = PretrainConfig(grid=GRID, base=BaseConfig(layers=2, width=16, heads=2, mlp=16), steps=5, batch_size=8)
 SIZES = MetacontrollerConfig(
-    n_z=3, n_h=5, n_s=4, encoder_hidden=6, switch_hidden=7, controller_hidden=4, rank=2,
+    n_z=3, n_h=5, n_s=8, encoder_hidden=6, switch_hidden=7, controller_hidden=4, rank=2,
     controller_init=0.4, switch_bias=0.3,  # it switches, and what it does shows
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ from internalrl.stages import MetacontrollerConfig
 GRID = GridConfig(size=4, colors=4, walls=1, horizon=14)
 WIDTH, N_Z = 16, 3
 SIZES = MetacontrollerConfig(
-    layer=1, n_z=N_Z, n_h=5, n_s=4, encoder_hidden=6, switch_hidden=7, controller_hidden=4, rank=2
+    layer=1, n_z=N_Z, n_h=5, n_s=8, encoder_hidden=6, switch_hidden=7, controller_hidden=4, rank=2
 )
 
 

@@ -24,7 +24,13 @@ _PAPER: Mapping[str, Mapping[str, Any]] = {
         "decay": 0.0,
     },
     "discover": {
-        "metacontroller": {"encoder_gain": 1.0, "encoder_log_std": 0.0, "switch_bias": 0.0},
+        "metacontroller": {
+            "n_s": 32,
+            "encoder_hidden": 64,
+            "encoder_gain": 1.0,
+            "encoder_log_std": 0.0,
+            "switch_bias": 0.0,
+        },
         "consolidate": {"enabled": False},
         "form_steps": 0,
         "squeeze_steps": 0,
@@ -35,6 +41,8 @@ _PAPER: Mapping[str, Mapping[str, Any]] = {
         "switch_lr": 1e-3,
         "switch": "soft",
         "kl": "every-step",
+        "kl_coef_form": 0.17,
+        "kl_coef_squeeze": 0.17,
         "kl_coef": 0.17,
         "switch_cost_start": 0.0,
         "switch_cost": 0.0,

@@ -39,9 +39,9 @@ class MetacontrollerConfig:
     """Size of a code."""
     n_h: int = 32
     """Size of the history."""
-    n_s: int = 32
+    n_s: int = 64
     """Size of the sequence embedding."""
-    encoder_hidden: int = 64
+    encoder_hidden: int = 128
     """Hidden width of the encoder."""
     switch_hidden: int = 32
     """Hidden width of the switch."""
@@ -87,13 +87,13 @@ class DiscoverConfig:
     """Sizes of the metacontroller."""
     consolidate: ConsolidateConfig = field(default_factory=ConsolidateConfig)
     """Stage 2b."""
-    form_steps: int = 250
+    form_steps: int = 225
     """Steps with random switches and nearly free information, in which codes form."""
     squeeze_steps: int = 225
     """Steps with random switches in which α rises, so that codes keep only what pays: the subgoal."""
-    switch_steps: int = 240
+    switch_steps: int = 300
     """Steps in which the switch is learned."""
-    random_switch: float = 0.15
+    random_switch: float = 0.2
     """Probability of a random switch; its inverse is the time for which codes learn to persist."""
     batch_size: int = 128
     """Episodes per step."""
@@ -101,9 +101,9 @@ class DiscoverConfig:
     """Batches whose lower-half residuals are computed once and then reused."""
     crop: float = 0.7
     """Probability that an episode is cut to begin at a random step, so that codes cannot lean on what came before."""
-    lr: float = 4e-3
+    lr: float = 6e-3
     """AdamW learning rate."""
-    switch_lr: float = 1e-2
+    switch_lr: float = 1.5e-2
     """AdamW learning rate of the switch."""
     weight_decay: float = 0.03
     """AdamW weight decay."""
@@ -111,15 +111,15 @@ class DiscoverConfig:
     """How β is sampled and learned."""
     kl: Literal["switch-weighted", "every-step"] = "switch-weighted"
     """KL counted where a code is adopted (the exact ELBO, E.1) or at every step (the paper's loss, C.4)."""
-    kl_coef_form: float = 0.0003
+    kl_coef_form: float = 0.003
     """α while codes form, in nats of action NLL per nat of KL."""
-    kl_coef_squeeze: float = 0.07
+    kl_coef_squeeze: float = 0.1
     """α at the end of the squeeze."""
     kl_coef: float = 0.12
     """Final α."""
-    switch_cost_start: float = 0.1
+    switch_cost_start: float = 0.15
     """Nats charged per switch when the switch begins to learn."""
-    switch_cost: float = 0.25
+    switch_cost: float = 0.2
     """Nats charged per switch in the end."""
     hold_steps: int = 60
     """Steps for which α and the switch cost stay where they are when the switch begins to learn."""

@@ -95,14 +95,22 @@ class ReferenceMetacontroller:
         return before
 
     def embed_future(self, x: Matrix, length: int) -> Matrix:
-        """s_t = Σ_{k ≥ t} (1 − d) d^(k − t) tanh(W x_k + b) at the first `length` steps of one sequence."""
+        """s_t: per head, the mean of W x_k + b over k ≥ t, weighted by exp(event(x_k) − softplus(λ) · (k − t))."""
+        impatience = [torch.log1p(torch.exp(value)) for value in self.w["impatience"]]
+        heads, size = len(impatience), self.config.n_s // len(impatience)
         embedding = []
         for t in range(length):
             s = zeros(self.config.n_s)
-            for k in range(t, length):
-                heard = affine(self.w["future.weight"], self.w["future.bias"], x[k])
-                for i, decay in enumerate(map(sigmoid, self.w["decay"])):
-                    s[i] = s[i] + (1 - decay) * decay ** (k - t) * torch.tanh(heard[i])
+            for head in range(heads):
+                weights = []
+                for k in range(t, length):
+                    event = affine(self.w["event.weight"], self.w["event.bias"], x[k])[head]
+                    weights.append(torch.exp(event - impatience[head] * (k - t)))
+                total = sum(weights[1:], weights[0])
+                for k, weight in zip(range(t, length), weights, strict=True):
+                    value = affine(self.w["future.weight"], self.w["future.bias"], x[k])
+                    for i in range(head * size, (head + 1) * size):
+                        s[i] = s[i] + weight / total * value[i]
             embedding.append(s)
         return embedding
 

@@ -27,7 +27,7 @@ from tests.tiny import SIZES, Readout, tiny_metacontroller
 WIDTH, N_Z, BATCH, STEPS, ACTIONS = 4, 2, 2, 5, 3
 LENGTHS = (STEPS, 3)
 MASK = torch.arange(STEPS) < torch.tensor(LENGTHS)[:, None]
-TINY = replace(SIZES, n_z=N_Z, n_h=3, n_s=2, encoder_hidden=4, switch_hidden=3, controller_hidden=3, rank=2)
+TINY = replace(SIZES, n_z=N_Z, n_h=3, n_s=8, encoder_hidden=4, switch_hidden=3, controller_hidden=3, rank=2)
 MODES = ("soft", "gumbel", "straight-through", "hard")
 TEMPERATURE = 0.7
 

@@ -60,9 +60,8 @@ def discover(steered: SteeredModel, config: DiscoverConfig, run: RunFolder) -> L
             config.switch,
             random_switch=config.random_switch if step < learn_from else None,
         )
-        left = min((total - step) / config.switch_steps, 1.0)  # the rate falls to a tenth as the switch is learned
         for group, rate in zip(optimizer.param_groups, (config.lr, config.switch_lr), strict=True):
-            group["lr"] = rate * (0.1 + 0.9 * left)
+            group["lr"] = rate * rate_at(step, config)
         optimise(loss, optimizer)
         last = step == total - 1
         if step % LOG_EVERY == 0 or last:
@@ -98,6 +97,12 @@ def coefficients_at(step: int, config: DiscoverConfig) -> Coefficients:
         config.switch_cost_start ** (1 - risen) * config.switch_cost**risen,
         config.kl,
     )
+
+
+def rate_at(step: int, config: DiscoverConfig) -> float:
+    """Learning-rate factor: 1 while codes form and are squeezed, then linearly from 2/3 to 1/5."""
+    learning = (step - config.form_steps - config.squeeze_steps) / max(config.switch_steps, 1)
+    return 1.0 if learning < 0 else 2 / 3 - (2 / 3 - 1 / 5) * learning
 
 
 def warn_of_collapse(metrics: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from internalrl.stages import MetacontrollerConfig
 
+FUTURE_HEADS = 8
+
 SwitchMode = Literal["soft", "gumbel", "straight-through", "hard"]
 
 
@@ -67,7 +69,8 @@ class Metacontroller(nn.Module):
         # f_enc and the summaries it reads: history h_t of e_1:t, sequence embedding s_t of e_t:T [Eq 12-15]
         self.history = nn.GRU(width, config.n_h, batch_first=True)
         self.future = nn.Linear(width, config.n_s)
-        self.decay = nn.Parameter(torch.linspace(0.0, 3.0, config.n_s))  # logits: memories of 2 to 21 steps
+        self.event = nn.Linear(width, FUTURE_HEADS)
+        self.impatience = nn.Parameter(torch.linspace(-3.0, 1.0, FUTURE_HEADS))
         into = nn.Linear(width + config.n_h + config.n_s, config.encoder_hidden)
         out = nn.Linear(config.encoder_hidden, 2 * config.n_z)
         self.encoder = nn.Sequential(into, nn.ReLU(), out)
@@ -95,7 +98,7 @@ class Metacontroller(nn.Module):
         """Parameters of the named parts: "history", "encoder", "switch", "controller"."""
         prefixes = {
             "history": ("history",),
-            "encoder": ("encoder", "future", "decay"),
+            "encoder": ("encoder", "future", "event", "impatience"),
             "switch": ("switch",),
             "controller": ("features", "down", "offset", "up"),
         }
@@ -114,16 +117,20 @@ class Metacontroller(nn.Module):
         return F.pad(history[:, :-1], (0, 0, 1, 0))
 
     def embed_future(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Sequence embedding s (B, T, n_s): decaying sums of features of e_t..e_T, blind to the order of steps.
+        """Sequence embedding s (B, T, n_s): each step attends to the events of its own future, the nearest first.
 
-        What is to be reached can be read from it, the order of the moves that lead there cannot: a code that
-        knew that order would be worth its rate without naming a subgoal.
+        A head weighs e_t' for t' ≥ t by how much of an event it is and how soon it comes, so what is to be reached
+        can be read from s, while the order of the moves that lead there cannot: a code that knew that order would
+        be worth its rate without naming a subgoal.
         """
         steps = torch.arange(x.shape[1], device=x.device)
-        ahead = (steps - steps[:, None])[..., None]  # (from, to, 1)
-        decay = torch.sigmoid(self.decay)
-        kernel = torch.where(ahead >= 0, (1 - decay) * decay ** ahead.clamp(min=0), 0.0)
-        return torch.einsum("ftn,btn->bfn", kernel, torch.tanh(self.future(x)) * mask[..., None])
+        ahead = steps - steps[:, None]  # (from, to)
+        score = self.event(x)[:, None] - F.softplus(self.impatience) * ahead[..., None]  # (B, from, to, heads)
+        hidden = (ahead < 0) | ~mask[:, None]
+        hidden &= ahead != 0  # a padded step sees itself, so that no row is empty
+        weight = score.masked_fill(hidden[..., None], -torch.inf).softmax(2)
+        value = self.future(x).unflatten(-1, (FUTURE_HEADS, -1))
+        return torch.einsum("bfth,bthn->bfhn", weight, value).flatten(2)
 
     def propose(self, x: Tensor, before: Tensor, mask: Tensor) -> Proposals:
         """Acausal posterior over codes at every step [Eq 12–15].
