@@ -65,13 +65,13 @@ class ConsolidateConfig:
 
     enabled: bool = True
     """Off: the paper's discovery alone."""
-    episodes: int = 6144
+    episodes: int = 4096
     """Reward-free episodes that the teacher plays; they count towards internal RL's episodes."""
-    steps: int = 600
+    steps: int = 500
     """Optimiser steps."""
     batch_size: int = 64
     """Episodes per step."""
-    lr: float = 2e-3
+    lr: float = 4e-3
     """AdamW learning rate; it falls linearly to zero over the second half."""
     switch_coef: float = 0.3
     """Weight of imitating the teacher's switches."""
@@ -91,7 +91,7 @@ class DiscoverConfig:
     """Steps with random switches and nearly free information, in which codes form."""
     squeeze_steps: int = 225
     """Steps with random switches in which α rises, so that codes keep only what pays: the subgoal."""
-    switch_steps: int = 300
+    switch_steps: int = 700
     """Steps in which the switch is learned."""
     random_switch: float = 0.2
     """Probability of a random switch; its inverse is the time for which codes learn to persist."""
@@ -115,7 +115,7 @@ class DiscoverConfig:
     """α while codes form, in nats of action NLL per nat of KL."""
     kl_coef_squeeze: float = 0.1
     """α at the end of the squeeze."""
-    kl_coef: float = 0.12
+    kl_coef: float = 0.14
     """Final α."""
     switch_cost_start: float = 0.15
     """Nats charged per switch when the switch begins to learn."""

@@ -16,9 +16,11 @@ from internalrl.discovery.objective import (
     Coefficients,
     Episodes,
     discovery_loss,
+    elbo_terms,
     switch_loss,
 )
 from internalrl.metacontroller.model import Metacontroller, Proposals, Segmentation, held_code
+from internalrl.metacontroller.steered import SteeredModel
 from tests.reference.reference_metacontroller import ReferenceMetacontroller, number, numbers
 from tests.tiny import N_Z, SIZES, Readout, close, tiny_metacontroller
 
@@ -48,7 +50,22 @@ class Case:
 
     def loss(self, coefficients: Coefficients = COEFFICIENTS, **options: int) -> Tensor:
         given = (self.steered, self.episodes, coefficients, self.x, self.before, self.proposals, self.drawn)
-        return switch_loss(*given, **options)
+        return switch_loss(*given, cost_of(*given), **options)
+
+
+def cost_of(
+    steered: SteeredModel,
+    episodes: Episodes,
+    coefficients: Coefficients,
+    x: Tensor,
+    before: Tensor,
+    proposals: Proposals,
+    drawn: Segmentation,
+) -> Tensor:
+    """The loss (B,) of the episodes as they were drawn."""
+    code = held_code(proposals.sample, drawn.switch)
+    terms = elbo_terms(steered, episodes, code, drawn.switch, proposals.kl(), coefficients)
+    return terms.total(coefficients).detach()
 
 
 @pytest.fixture
@@ -224,7 +241,8 @@ def test_the_switch_learns_to_fire_where_it_pays(bias: float) -> None:
         proposals = Proposals(sample, torch.full_like(sample, 0.5), sample)
         x, before, drawn = segments(episodes, sample, "straight-through")
         drawn.switch = drawn.switch.detach()
-        loss = switch_loss(steered, episodes, Coefficients(0.1, 0.2), x, before, proposals, drawn)
+        given = (steered, episodes, Coefficients(0.1, 0.2), x, before, proposals, drawn)
+        loss = switch_loss(*given, cost_of(*given))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

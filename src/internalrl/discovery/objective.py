@@ -94,7 +94,6 @@ def discovery_loss(
     x = meta.read(episodes.residual)
     before = meta.summarise(x)
     proposals = meta.propose(x, before, mask)
-    learned = torch.zeros(())
     if random_switch is not None:
         switch = (torch.rand(mask.shape) < random_switch).to(x.dtype)
         switch[:, 0] = 1
@@ -103,11 +102,14 @@ def discovery_loss(
         with torch.no_grad():
             drawn = meta.segment(x, before, proposals.sample, "straight-through", SAMPLING_TEMPERATURE)
         segments = meta.hold(x, before, proposals.sample, drawn.switch)
-        learned = switch_loss(steered, episodes, coefficients, x, before, proposals, drawn)
     else:
         segments = meta.segment(x, before, proposals.sample, mode, temperature)
     terms = elbo_terms(steered, episodes, segments.code, segments.switch, proposals.kl(), coefficients)
     loss = terms.total(coefficients).sum() / mask.sum()
+    learned = torch.zeros(())
+    if random_switch is None and mode == "counterfactual":
+        cost = terms.total(coefficients).detach()
+        learned = switch_loss(steered, episodes, coefficients, x, before, proposals, drawn, cost)
     certain = torch.sigmoid(segments.logit.detach())[:, 1:][mask[:, 1:]]
     return loss + learned, {
         "loss": loss.item(),
@@ -126,6 +128,7 @@ def switch_loss(
     before: Tensor,
     proposals: Proposals,
     drawn: Segmentation,
+    cost: Tensor,
     edits: int = 2,
 ) -> Tensor:
     """Counterfactual gradient of the switch: would the episode's loss fall if β_t were the other way round?
@@ -133,22 +136,22 @@ def switch_loss(
     For a few steps t of every episode the exact loss is computed with β_t flipped and all else, the noise of the
     codes too, left as it was. The switch is then trained to classify "β_t = 1 is cheaper", each case weighted by
     how much it matters. Its decision boundary is where a switch begins to pay; no relaxed β leaks information, and
-    neither an open nor a closed gate stops learning.
+    neither an open nor a closed gate stops learning. `cost` (B,) is the loss in nats as it was `drawn`.
     """
     meta, rows = steered.metacontroller, torch.arange(len(x))
     steps = [_steps_to_flip(drawn.switch, episodes.mask) for _ in range(edits)]
     with torch.no_grad():
-        switch = drawn.switch.repeat(edits + 1, 1)
-        for i, step in enumerate(steps, start=1):
+        switch = drawn.switch.repeat(edits, 1)
+        for i, step in enumerate(steps):
             switch[i * len(x) + rows, step] = 1 - drawn.switch[rows, step]
-        many = edits + 1
-        code = held_code(proposals.sample.repeat(many, 1, 1), switch)
-        terms = elbo_terms(steered, episodes.repeat(many), code, switch, proposals.kl().repeat(many, 1), coefficients)
-        cost = terms.total(coefficients).unflatten(0, (many, len(x)))
+        code = held_code(proposals.sample.repeat(edits, 1, 1), switch)
+        kl = proposals.kl().repeat(edits, 1)
+        terms = elbo_terms(steered, episodes.repeat(edits), code, switch, kl, coefficients)
+        flipped = terms.total(coefficients).unflatten(0, (edits, len(x)))
     logit = meta.hold(x, before, proposals.sample.detach(), drawn.switch).logit
     loss = torch.zeros(())
-    for i, step in enumerate(steps, start=1):
-        effect = (cost[i] - cost[0]) * torch.where(drawn.switch[rows, step] > 0.5, -1.0, 1.0)  # of β = 1 over β = 0
+    for i, step in enumerate(steps):
+        effect = (flipped[i] - cost) * torch.where(drawn.switch[rows, step] > 0.5, -1.0, 1.0)  # of β = 1 over β = 0
         cheaper = (effect < 0).to(x.dtype)
         weight = effect.abs().clamp(max=LARGEST_EFFECT) * (step > 0)
         loss = loss + (weight * F.binary_cross_entropy_with_logits(logit[rows, step], cheaper, reduction="none")).mean()

@@ -100,9 +100,9 @@ def coefficients_at(step: int, config: DiscoverConfig) -> Coefficients:
 
 
 def rate_at(step: int, config: DiscoverConfig) -> float:
-    """Learning-rate factor: 1 while codes form and are squeezed, then linearly from 2/3 to 1/5."""
+    """Learning-rate factor: 1 while codes form and are squeezed, then linearly from 2/3 to 0."""
     learning = (step - config.form_steps - config.squeeze_steps) / max(config.switch_steps, 1)
-    return 1.0 if learning < 0 else 2 / 3 - (2 / 3 - 1 / 5) * learning
+    return 1.0 if learning < 0 else 2 / 3 * (1 - learning)
 
 
 def warn_of_collapse(metrics: dict[str, Any]) -> None:
