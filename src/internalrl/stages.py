@@ -151,12 +151,15 @@ class ReinforceConfig:
     """Passes over each batch of segments."""
     clip_coef: float = 0.2
     """Clip of the probability ratio."""
-    initial_std: float = 1.22
-    """Standard deviation of the policy's codes at the start; wider than the prior."""
+    initial_std: float = 1.0
+    """Standard deviation of the policy's codes at the start; 1 is the prior's."""
     policy_hidden: int = 64
     """Width of the policy's recurrent layer."""
     temperature: float = 0.0
     """Temperature of the base model's actions; 0 is greedy."""
+    forget: bool = False
+    """Let the base model see the present segment alone, as consolidation's teacher does: codes then work in every
+    context, at the price of a model that has to be decoded that way."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,8 @@ class EvaluateConfig:
     """Who chooses the codes: the trained policy, N(0, I), or nobody, which leaves the bare base model."""
     deterministic: bool = False
     """Take the policy's mean code; with the controller off, the base model's best action."""
+    forget: bool = False
+    """Let the base model see the present segment alone; needed for what was reinforced that way."""
 
     def __post_init__(self) -> None:
         if self.episodes < 1:

@@ -101,7 +101,7 @@ def play(
         count = min(CHUNK, config.episodes - begin)
         layouts = sample_layouts(grid, count, rng)
         propose = _proposer(steered, config, count, generator)
-        result = rollout(steered, GridBatch(grid, layouts, goal), propose, temperature, generator=generator)
+        result = rollout(steered, GridBatch(grid, layouts, goal), propose, temperature, config.forget, generator)
         yield _replay(GridBatch(grid, layouts, goal), result)
 
 

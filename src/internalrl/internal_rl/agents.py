@@ -39,15 +39,25 @@ class Agent(Protocol):
 
 
 class InternalAgent:
-    """Chooses a code at every switch; the steered base model, at `temperature`, does the rest."""
+    """Chooses a code at every switch; the steered base model, at `temperature`, does the rest.
 
-    def __init__(self, steered: SteeredModel, policy: Policy, temperature: float = 0.0, deterministic: bool = False):
+    With `forget` the base model sees the present segment alone.
+    """
+
+    def __init__(
+        self,
+        steered: SteeredModel,
+        policy: Policy,
+        temperature: float = 0.0,
+        deterministic: bool = False,
+        forget: bool = False,
+    ):
         self.steered, self.module, self.temperature = steered, policy, temperature
-        self.deterministic = deterministic
+        self.deterministic, self.forget = deterministic, forget
 
     def play(self, environment: BatchEnvironment, generator: torch.Generator) -> tuple[Rollout, Decisions]:
         actor = PolicyActor(self.module, len(environment), generator, self.deterministic)
-        result = rollout(self.steered, environment, actor, self.temperature, generator=generator)
+        result = rollout(self.steered, environment, actor, self.temperature, self.forget, generator)
         return result, Decisions(*actor.segments())
 
     def log_prob(self, decisions: Decisions) -> Tensor:

@@ -48,7 +48,7 @@ def make_agent(steered: SteeredModel, config: ReinforceConfig) -> Agent:
         return RawActionAgent(steered)
     meta = steered.metacontroller
     steered.policy = Policy(meta.width, meta.config.n_z, config.policy_hidden, config.initial_std)
-    return InternalAgent(steered, steered.policy, config.temperature)
+    return InternalAgent(steered, steered.policy, config.temperature, forget=config.forget)
 
 
 def grid_environments(steered: SteeredModel, config: ReinforceConfig, seed: int) -> Environments:
