@@ -51,7 +51,7 @@ def parts(
     steered: SteeredModel, optimizer: torch.optim.Optimizer, config: DiscoverConfig, batch: Batch
 ) -> dict[str, Callable[[], Any]]:
     """What is timed, by name."""
-    episodes = Episodes(steered.residual(batch.observations), batch.actions, batch.mask)
+    episodes = Episodes.of(steered, batch)
 
     def discovery_step(random_switch: float | None) -> None:
         loss, _ = discovery_loss(

@@ -18,12 +18,12 @@ GRID = GridConfig(size=5, colors=6, walls=1, horizon=40)
 PRETRAIN = PretrainConfig(grid=GRID, base=BaseConfig(layers=2, width=16, heads=2, mlp=16), steps=5, batch_size=8)
 SIZES = MetacontrollerConfig(
     n_z=3, n_h=5, n_s=8, encoder_hidden=6, switch_hidden=7, controller_hidden=4, rank=2,
-    controller_init=0.4, switch_bias=0.3,  # it switches, and what it does shows
+    slow_features=2, horizon=3, controller_init=0.4, switch_bias=0.3,  # it switches, and what it does shows
 )  # fmt: skip
 
 
 def discover(base: Path) -> DiscoverConfig:
-    """Three steps in every phase, then consolidation."""
+    """Three steps in every phase, the last two on crops at learned switches; then consolidation."""
     return DiscoverConfig(
         base=base,
         metacontroller=SIZES,
@@ -31,6 +31,7 @@ def discover(base: Path) -> DiscoverConfig:
         form_steps=3,
         squeeze_steps=3,
         switch_steps=3,
+        recrop_steps=1,
         batch_size=8,
         batches=4,
     )

@@ -23,17 +23,22 @@ from internalrl.stages import MetacontrollerConfig
 
 GRID = GridConfig(size=4, colors=4, walls=1, horizon=14)
 WIDTH, N_Z = 16, 3
+BATCH, STEPS = 4, 9
+RELAXED_MODES = ("soft", "gumbel", "straight-through")
+LEARNING_MODES = (*RELAXED_MODES, "counterfactual")
 SIZES = MetacontrollerConfig(
-    layer=1, n_z=N_Z, n_h=5, n_s=8, encoder_hidden=6, switch_hidden=7, controller_hidden=4, rank=2
-)
+    layer=1, n_z=N_Z, n_h=5, slow_features=2, horizon=3, n_s=8, encoder_hidden=6, switch_hidden=7,
+    controller_hidden=4, rank=2,
+)  # fmt: skip
 
 
 def widen(module: nn.Module, std: float, seed: int) -> None:
-    """Draw every parameter of `module` from N(0, std²)."""
+    """Draw every parameter of `module`, and a metacontroller's slow features, from N(0, std²)."""
     generator = torch.Generator().manual_seed(seed)
+    found = [part.buffers() for part in module.modules() if isinstance(part, Metacontroller)]
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+        for tensor in [*module.parameters(), *(buffer for buffers in found for buffer in buffers)]:
+            tensor.copy_(std * torch.randn(tensor.shape, generator=generator))
 
 
 def tiny_base(encoder: str = "planner", seed: int = 0, **options: Any) -> TrajectoryModel:
@@ -120,5 +125,7 @@ def discovery(
     """The discovery loss of `observations`, with made-up actions, and what it says for the log."""
     mask = torch.ones(observations.shape[:2], dtype=torch.bool) if mask is None else mask
     actions = torch.arange(mask.numel()).reshape(mask.shape) % 4
-    episodes = Episodes(steered.residual(observations), actions, mask)
+    residual = steered.residual(observations)
+    slow = steered.metacontroller.slow_features(steered.inferred(observations, residual))
+    episodes = Episodes(residual, slow, actions, mask)
     return discovery_loss(steered, episodes, Coefficients(kl_coef=0.3, switch_cost=0.1), mode)

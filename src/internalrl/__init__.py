@@ -16,8 +16,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "GridConfig": "internalrl.domains.grid",
     "InternalRLError": "internalrl.errors",
+    "MetacontrollerConfig": "internalrl.stages",
     "ResidualTap": "internalrl.base.residual",
     "RunFolder": "internalrl.runlog",
+    "SteeredModel": "internalrl.metacontroller.steered",
     "TrajectoryConfig": "internalrl.base.trajectory",
     "TrajectoryModel": "internalrl.base.trajectory",
 }

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from internalrl.errors import InternalRLError
+from internalrl.errors import InternalRLError, OptionError
 
 if TYPE_CHECKING:
     from internalrl.config import ReadOptions, RunOptions
@@ -33,6 +33,8 @@ class Subcommand:
     target: str
     config: str
     help: str
+    check: str | None = None
+    """A function of the config that raises where the stage could not begin; it runs before a folder is made."""
     reads: bool = False
     """True: it reads a run folder given as its argument; False: it makes a new one (`--run`)."""
 
@@ -42,16 +44,19 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "internalrl.base.pretrain:main",
         "internalrl.stages:PretrainConfig",
         "stage 1: train the base model on demonstrations",
+        check="internalrl.base.pretrain:check",
     ),
     "discover": Subcommand(
         "internalrl.discovery.train:main",
         "internalrl.stages:DiscoverConfig",
         "stage 2: find codes and switches in the frozen base, then consolidate",
+        check="internalrl.discovery.train:load_base",
     ),
     "reinforce": Subcommand(
         "internalrl.internal_rl.train:main",
         "internalrl.stages:ReinforceConfig",
         "stage 3: reinforcement learning on the codes",
+        check="internalrl.internal_rl.train:load_steered",
     ),
     "evaluate": Subcommand(
         "internalrl.analysis.evaluate:main",
@@ -69,6 +74,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "internalrl.demo:main",
         "internalrl.stages:DemoConfig",
         "all three stages on the grid world, then the report",
+        check="internalrl.demo:check",
     ),
 }
 
@@ -144,6 +150,8 @@ def parse(argv: Sequence[str]) -> Command:
         if stop.code in (0, None):  # --help
             raise
         raise InternalRLError(f"{_sentence(complaint.getvalue())}; see internalrl {name} --help.") from None
+    except OptionError as error:  # of the outermost dataclasses: those of nested ones come through tyro's message
+        raise InternalRLError(f"{_typed(error.option)} {error.complaint}") from error
     return Command(name, config, options)
 
 
@@ -192,6 +200,8 @@ def _run(command: Command) -> dict[str, Any]:
     from internalrl.files import jsonable
     from internalrl.runlog import RunFolder
 
+    if subcommand.check:
+        _load(subcommand.check)(command.config)
     if isinstance(options, RunOptions):
         run = RunFolder.create(
             options.run,
@@ -236,6 +246,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
+def _typed(option: str) -> str:
+    """The option of this name as it is typed: kl_coef -> --kl-coef."""
+    return f"--{option.replace('_', '-')}"
+
+
 def _sentence(box: str) -> str:
     """The first paragraph of tyro's framed message, and the option it suggests."""
     framed = "╭" in box  # on a terminal without UTF-8 the title is a paragraph of its own instead
@@ -249,6 +264,8 @@ def _sentence(box: str) -> str:
     first, *others = paragraphs if framed else paragraphs[1:] or paragraphs
     # tyro numbers the two dataclasses that the options are made from; a reader knows only the option's name.
     message = re.sub(r"Error parsing \d+\.", "Error parsing --", " ".join(first)).rstrip(". ")
+    if refused := re.fullmatch(r"Error parsing --(\S+): (\w+) (is .*)", message):  # by an OptionError
+        message = f"{_typed('.'.join(refused.group(1, 2)))} {refused[3]}"
     similar = [text.split()[0] for paragraph in others for text in paragraph if text.startswith("--")]
     return f"{message}; did you mean {similar[0]}" if "Unrecognized" in message and similar else message
 

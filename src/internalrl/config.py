@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tyro.conf import Positional
+
+from internalrl.ranges import Checked, Natural, Range
 
 _PAPER: Mapping[str, Mapping[str, Any]] = {
     "pretrain": {
@@ -39,12 +41,10 @@ _PAPER: Mapping[str, Mapping[str, Any]] = {
         "crop": 0.0,
         "lr": 1e-3,
         "switch_lr": 1e-3,
+        "decay": 0.0,
         "switch": "soft",
         "kl": "every-step",
-        "kl_coef_form": 0.17,
-        "kl_coef_squeeze": 0.17,
         "kl_coef": 0.17,
-        "switch_cost_start": 0.0,
         "switch_cost": 0.0,
         "hold_steps": 0,
         "rise_steps": 0,
@@ -63,23 +63,17 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"paper": {**_PAPER, "d
 
 
 @dataclass(frozen=True)
-class CommonOptions:
+class CommonOptions(Checked):
     """Options of every subcommand."""
 
-    seed: int = 0
+    seed: Natural = 0
     """Seed of all randomness."""
-    threads: int | None = None
+    threads: Annotated[int | None, Range(1)] = None
     """CPU threads; by default all cores. Resumed runs are bit-equal only with the same number."""
     json: bool = False
     """Print the results as one JSON object on stdout."""
     config: Path | None = None
     """YAML file of options, nested as their names are; options on the command line win."""
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}; give a whole number from 0 up.")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"--threads is {self.threads}; give 1 or more.")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from internalrl.errors import InternalRLError
+from internalrl.errors import InternalRLError, OptionError
 from internalrl.files import jsonable
 
 Config = TypeVar("Config")
@@ -28,7 +28,8 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], *, base: Config | No
 
     Knows nested dataclasses, numbers, strings, booleans, paths, Literal, Optional, tuples, lists and dicts.
     `where` names the source in messages. Raises InternalRLError for an unknown key (naming the closest known
-    one), a wrong type or a missing value; what the dataclass's own checks raise passes through.
+    one), a wrong type, a missing value or one that an `OptionError` of the dataclass's own checks refuses; what
+    else these raise passes through.
     """
     return _build(cls, values, base, f"{where}: " if where else "", "")
 
@@ -66,7 +67,10 @@ def _build(cls: Any, values: Any, base: Any, where: str, prefix: str) -> Any:
             result[name] = current
         else:
             raise InternalRLError(f"{where}{prefix}{name} is missing; {cls.__name__} needs it.")
-    return cls(**result)
+    try:
+        return cls(**result)
+    except OptionError as error:
+        raise InternalRLError(f"{where}{prefix}{error}") from error
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -11,12 +11,16 @@ import torch
 from internalrl.analysis import report
 from internalrl.analysis.probe import probe
 from internalrl.base.pretrain import build, pretrain
+from internalrl.base.pretrain import check as check_grid
 from internalrl.base.pretrain import evaluate as evaluate_base
 from internalrl.base.trajectory import load_trajectory_model, save_trajectory_model
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.train import discover
 from internalrl.discovery.train import evaluate as evaluate_discovery
+from internalrl.domains.grid import parse_task
+from internalrl.errors import InternalRLError
 from internalrl.internal_rl.train import grid_environments, make_agent, reinforce
+from internalrl.metacontroller.adapter import Adapter
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
 from internalrl.stages import DemoConfig, ReportConfig
@@ -37,10 +41,10 @@ def main(config: DemoConfig, run: RunFolder) -> dict[str, Any]:
     seconds["discover"] = discover(steered, config.discover, run).seconds
     discovered = evaluate_discovery(steered, run.seed)
     steered.save_pretrained(run.path / "discovered", {"discover": {"seed": run.seed}})
-    consolidated, played = discovered, 0
-    if config.discover.consolidate.enabled:
+    consolidated, played = discovered, consolidation_episodes(config)
+    if played:
         seconds["consolidate"] = consolidate(steered, config.discover.consolidate, run).seconds
-        consolidated, played = evaluate_discovery(steered, run.seed), config.discover.consolidate.episodes
+        consolidated = evaluate_discovery(steered, run.seed)
 
     budget = replace(config.reinforce, episodes=config.reinforce.episodes - played)
     internal = reinforce(make_agent(steered, budget), grid_environments(steered, budget, run.seed), budget, run)
@@ -71,3 +75,22 @@ def main(config: DemoConfig, run: RunFolder) -> dict[str, Any]:
     run.write_json("summary.json", summary)
     report.main(ReportConfig(), run)
     return summary
+
+
+def check(config: DemoConfig) -> None:
+    """Raise where one of the stages could not begin: better now than after those before it."""
+    check_grid(config.pretrain)
+    Adapter(build(config.pretrain.base, config.pretrain.grid), config.discover.metacontroller)
+    parse_task(config.reinforce.task, config.pretrain.grid)
+    consolidation_episodes(config)
+
+
+def consolidation_episodes(config: DemoConfig) -> int:
+    """How many of the episodes of `config.reinforce` consolidation plays; InternalRLError if it leaves none."""
+    played = config.discover.consolidate.episodes if config.discover.consolidate.enabled else 0
+    if played >= config.reinforce.episodes:
+        raise InternalRLError(
+            f"--reinforce.episodes is {config.reinforce.episodes}, and --discover.consolidate.episodes takes {played} "
+            "of them; give more of the former, or --discover.consolidate.no-enabled."
+        )
+    return played

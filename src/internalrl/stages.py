@@ -4,81 +4,97 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from internalrl.domains.grid_layouts import GridConfig
+from internalrl.errors import OptionError
+from internalrl.ranges import Checked, Count, Fraction, Natural, NotNegative, Positive, Range
 
 
 @dataclass(frozen=True)
-class BaseConfig:
+class BaseConfig(Checked):
     """The base model: a trajectory model on a Llama-style backbone."""
 
     encoder: Literal["planner", "one-hot"] = "planner"
     """Observation encoder: learned shortest paths, or the paper's one-hot path."""
-    layers: int = 4
+    layers: Count = 4
     """Decoder blocks L."""
-    width: int = 128
+    width: Count = 128
     """Residual width n_e."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads."""
-    mlp: int = 192
+    mlp: Count = 192
     """Hidden width of the gated MLP."""
-    relative_buckets: int = 32
+    relative_buckets: Annotated[int, Range(2)] = 32
     """Buckets of the relative position bias."""
-    relative_distance: int = 64
+    relative_distance: Count = 64
     """Distance from which all steps share the last bucket."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % (2 * self.heads):
+            raise OptionError("heads", f"is {self.heads}; the width, {self.width}, must split into heads of even size.")
+        if self.relative_distance <= self.relative_buckets // 2:
+            raise OptionError(
+                "relative_distance",
+                f"is {self.relative_distance}; give more than half the number of buckets, {self.relative_buckets}.",
+            )
 
 
 @dataclass(frozen=True)
-class MetacontrollerConfig:
+class MetacontrollerConfig(Checked):
     """Sizes of the metacontroller (paper, C.4)."""
 
-    layer: int | Literal["middle"] = "middle"
+    layer: Annotated[int | Literal["middle"], Range(1)] = "middle"
     """Number of blocks below the tap."""
-    n_z: int = 8
+    n_z: Count = 8
     """Size of a code."""
-    n_h: int = 32
+    n_h: Count = 32
     """Size of the history."""
-    n_s: int = 64
+    slow_features: Count = 4
+    """Slow features of what the base has inferred: all that the encoder sees."""
+    horizon: Count = 12
+    """Steps, from the present one on, whose slow features the encoder sees."""
+    n_s: Count = 64
     """Size of the sequence embedding."""
-    encoder_hidden: int = 128
+    encoder_hidden: Count = 128
     """Hidden width of the encoder."""
-    switch_hidden: int = 32
+    switch_hidden: Count = 32
     """Hidden width of the switch."""
-    controller_hidden: int = 32
+    controller_hidden: Count = 32
     """Hidden width of the hypernetwork that turns a code into a controller."""
-    rank: int = 16
+    rank: Count = 16
     """Rank of the controller."""
-    controller_init: float = 0.03
+    controller_init: Positive = 0.03
     """Standard deviation of the controller's factors at the start."""
-    encoder_gain: float = 6.0
+    encoder_gain: Positive = 6.0
     """Factor on the encoder's output weights at the start: codes that differ from the beginning survive the KL."""
-    encoder_log_std: float = -2.0
+    encoder_log_std: Annotated[float, Range(-5, 2)] = -2.0
     """Logarithm of the proposals' standard deviation at the start."""
     switch_bias: float = -1.5
     """Logit of an ignorant switch."""
 
 
 @dataclass(frozen=True)
-class ConsolidateConfig:
+class ConsolidateConfig(Checked):
     """Stage 2b: consolidation, which makes a code mean the same in every context."""
 
     enabled: bool = True
     """Off: the paper's discovery alone."""
-    episodes: int = 4096
+    episodes: Count = 2048
     """Reward-free episodes that the teacher plays; they count towards internal RL's episodes."""
-    steps: int = 500
+    steps: Count = 700
     """Optimiser steps."""
-    batch_size: int = 64
+    batch_size: Count = 32
     """Episodes per step."""
-    lr: float = 4e-3
+    lr: Positive = 2e-3
     """AdamW learning rate; it falls linearly to zero over the second half."""
-    switch_coef: float = 0.3
+    switch_coef: NotNegative = 0.3
     """Weight of imitating the teacher's switches."""
 
 
 @dataclass(frozen=True)
-class DiscoverConfig:
+class DiscoverConfig(Checked):
     """Stage 2: discovery of abstract actions (paper, C.4), and the schedule that makes aligned switching reliable."""
 
     base: Path = Path("runs/pretrain")
@@ -87,48 +103,55 @@ class DiscoverConfig:
     """Sizes of the metacontroller."""
     consolidate: ConsolidateConfig = field(default_factory=ConsolidateConfig)
     """Stage 2b."""
-    form_steps: int = 225
+    slow_lag: Count = 4
+    """Steps over which a slow feature persists."""
+    form_steps: Natural = 300
     """Steps with random switches and nearly free information, in which codes form."""
-    squeeze_steps: int = 225
+    squeeze_steps: Natural = 100
     """Steps with random switches in which α rises, so that codes keep only what pays: the subgoal."""
-    switch_steps: int = 700
+    switch_steps: Count = 450
     """Steps in which the switch is learned."""
-    random_switch: float = 0.2
+    recrop_steps: Natural = 150
+    """Of these, the steps after which crops begin where the learned switch fires, instead of at random."""
+    random_switch: Fraction = 0.12
     """Probability of a random switch; its inverse is the time for which codes learn to persist."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Episodes per step."""
-    batches: int = 300
+    batches: Count = 104
     """Batches whose lower-half residuals are computed once and then reused."""
-    crop: float = 0.7
-    """Probability that an episode is cut to begin at a random step, so that codes cannot lean on what came before."""
-    lr: float = 6e-3
+    crop: Fraction = 0.7
+    """Probability that an episode is cut to begin at a later step, so that codes cannot lean on what came before."""
+    lr: Positive = 2e-3
     """AdamW learning rate."""
-    switch_lr: float = 1.5e-2
+    switch_lr: Positive = 6e-3
     """AdamW learning rate of the switch."""
-    weight_decay: float = 0.03
+    decay: NotNegative = 1.5
+    """The learning rates fall linearly to zero over the last `decay` · `switch_steps`, but not before the switch is
+    learned (above 1, they then begin lower); 0 keeps them constant."""
+    weight_decay: NotNegative = 0.03
     """AdamW weight decay."""
     switch: Literal["counterfactual", "straight-through", "gumbel", "soft"] = "counterfactual"
     """How β is sampled and learned."""
     kl: Literal["switch-weighted", "every-step"] = "switch-weighted"
     """KL counted where a code is adopted (the exact ELBO, E.1) or at every step (the paper's loss, C.4)."""
-    kl_coef_form: float = 0.003
+    kl_coef_form: NotNegative = 0.003
     """α while codes form, in nats of action NLL per nat of KL."""
-    kl_coef_squeeze: float = 0.1
+    kl_coef_squeeze: NotNegative = 0.03
     """α at the end of the squeeze."""
-    kl_coef: float = 0.14
+    kl_coef: NotNegative = 0.1
     """Final α."""
-    switch_cost_start: float = 0.15
+    switch_cost_start: NotNegative = 0.03
     """Nats charged per switch when the switch begins to learn."""
-    switch_cost: float = 0.2
+    switch_cost: NotNegative = 0.1
     """Nats charged per switch in the end."""
-    hold_steps: int = 60
+    hold_steps: Natural = 80
     """Steps for which α and the switch cost stay where they are when the switch begins to learn."""
-    rise_steps: int = 80
+    rise_steps: Natural = 200
     """Steps over which they then rise to their final values."""
 
 
 @dataclass(frozen=True)
-class ReinforceConfig:
+class ReinforceConfig(Checked):
     """Stage 3: internal RL (paper, C.5)."""
 
     discovered: Path = Path("runs/discover")
@@ -139,89 +162,81 @@ class ReinforceConfig:
     """Off: no write-back at all, so that raw-action RL starts from the bare base."""
     task: str = "0-1-2-3-4-5-6-7-0-1-2-3"
     """Colours to visit in order; reward 1 for the whole of it."""
-    episodes: int = 300_000
-    """Most episodes."""
-    target: float = 0.97
+    episodes: Count = 300_000
+    """Most episodes, played in whole batches; one batch is always played."""
+    target: Positive = 0.97
     """Stop when the mean success of the last five iterations reaches this."""
-    batch_size: int = 1024
+    batch_size: Annotated[int, Range(2)] = 1024
     """Episodes per iteration N."""
-    lr: float = 4e-3
+    lr: Positive = 4e-3
     """Adam learning rate."""
-    epochs: int = 6
+    epochs: Count = 6
     """Passes over each batch of segments."""
-    clip_coef: float = 0.2
+    clip_coef: Positive = 0.2
     """Clip of the probability ratio."""
-    initial_std: float = 1.0
+    initial_std: Positive = 1.2
     """Standard deviation of the policy's codes at the start; 1 is the prior's."""
-    policy_hidden: int = 64
+    policy_hidden: Count = 64
     """Width of the policy's recurrent layer."""
-    temperature: float = 0.0
+    temperature: NotNegative = 0.0
     """Temperature of the base model's actions; 0 is greedy."""
-    forget: bool = False
-    """Let the base model see the present segment alone, as consolidation's teacher does: codes then work in every
-    context, at the price of a model that has to be decoded that way."""
+    forget: bool = True
+    """Cut the base model's context at every switch, as consolidation's teacher does: what came before a segment then
+    cannot talk the base out of it. Off: the whole context."""
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Checked):
     """Stage 1: pretraining the base model on demonstrations (paper, C.1)."""
 
     grid: GridConfig = field(default_factory=GridConfig)
     """The grid world."""
     base: BaseConfig = field(default_factory=BaseConfig)
     """The base model."""
-    steps: int = 1100
+    steps: Count = 1100
     """Optimiser steps."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Episodes per step."""
-    observation_coef: float = 0.01
+    observation_coef: NotNegative = 0.01
     """Weight λ of the next-observation loss."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Muon on the backbone's matrices and AdamW on the rest, or the paper's AdamW on all."""
-    lr: float = 3e-3
+    lr: Positive = 3e-3
     """AdamW learning rate."""
-    muon_lr: float = 0.02
+    muon_lr: Positive = 0.02
     """Muon learning rate."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """Weight decay of both."""
-    decay: float = 0.6
+    decay: Fraction = 0.6
     """Last fraction of the steps over which the learning rate falls to zero; 0 keeps it constant."""
-    crop: float = 0.0
+    crop: Fraction = 0.0
     """Probability that an episode is cut to begin at a random step."""
-    noise: float = 0.0
+    noise: Fraction = 0.0
     """The expert's noise ε."""
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Checked):
     """How a finished run's model is put to the test."""
 
     task: str | None = None
     """Colours to visit in order, such as 0-1-4-5; by default the run's own task."""
-    episodes: int = 1024
+    episodes: Count = 1024
     """Episodes to play, each on a new layout."""
     controller: Literal["policy", "prior", "off"] = "policy"
     """Who chooses the codes: the trained policy, N(0, I), or nobody, which leaves the bare base model."""
     deterministic: bool = False
     """Take the policy's mean code; with the controller off, the base model's best action."""
-    forget: bool = False
-    """Let the base model see the present segment alone; needed for what was reinforced that way."""
-
-    def __post_init__(self) -> None:
-        if self.episodes < 1:
-            raise ValueError(f"--episodes is {self.episodes}; give 1 or more.")
+    forget: bool | None = None
+    """Cut the base model's context at every switch; by default as the run was reinforced."""
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Checked):
     """What the report measures for itself."""
 
-    episodes: int = 512
+    episodes: Count = 512
     """Demonstrations, and episodes of free play, behind each figure."""
-
-    def __post_init__(self) -> None:
-        if self.episodes < 1:
-            raise ValueError(f"--episodes is {self.episodes}; give 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -232,5 +247,5 @@ class DemoConfig:
     """Stage 1."""
     discover: DiscoverConfig = field(default_factory=DiscoverConfig)
     """Stages 2 and 2b."""
-    reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
-    """Stage 3; its episodes include those of consolidation."""
+    reinforce: ReinforceConfig = field(default_factory=lambda: ReinforceConfig(episodes=120_000))
+    """Stage 3; its episodes include those of consolidation. Fewer than by default, to end within 25 minutes."""

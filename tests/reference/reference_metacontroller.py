@@ -71,6 +71,7 @@ class ReferenceMetacontroller:
         self.config, self.width = meta.config, meta.width
         self.weights = {name: p.detach().double().requires_grad_() for name, p in meta.named_parameters()}
         self.w = {name: numbers(weight) for name, weight in self.weights.items()}
+        self.slow, self.slow_mean = numbers(meta.slow.double()), numbers(meta.slow_mean.double())
 
     # -- what it reads ------------------------------------------------------------------------------------
 
@@ -94,32 +95,26 @@ class ReferenceMetacontroller:
             h = self.gru("history", step, h)
         return before
 
-    def embed_future(self, x: Matrix, length: int) -> Matrix:
-        """s_t: per head, the mean of W x_k + b over k ≥ t, weighted by exp(event(x_k) − softplus(λ) · (k − t))."""
-        impatience = [torch.log1p(torch.exp(value)) for value in self.w["impatience"]]
-        heads, size = len(impatience), self.config.n_s // len(impatience)
+    def slow_features(self, inferred: Vector) -> Vector:
+        """(x − m) V for one step, normalised as x."""
+        centred = [value - mean for value, mean in zip(normalise(inferred), self.slow_mean, strict=True)]
+        return [dot(centred, [row[k] for row in self.slow]) for k in range(self.config.slow_features)]
+
+    def embed_future(self, slow: Matrix, length: int) -> Matrix:
+        """s_t: a layer that sees each feature at t, t + 1, … and then which of these steps there are."""
         embedding = []
         for t in range(length):
-            s = zeros(self.config.n_s)
-            for head in range(heads):
-                weights = []
-                for k in range(t, length):
-                    event = affine(self.w["event.weight"], self.w["event.bias"], x[k])[head]
-                    weights.append(torch.exp(event - impatience[head] * (k - t)))
-                total = sum(weights[1:], weights[0])
-                for k, weight in zip(range(t, length), weights, strict=True):
-                    value = affine(self.w["future.weight"], self.w["future.bias"], x[k])
-                    for i in range(head * size, (head + 1) * size):
-                        s[i] = s[i] + weight / total * value[i]
-            embedding.append(s)
+            steps = range(t, t + self.config.horizon)
+            seen = [slow[k][i] if k < length else number(0.0) for i in range(self.config.slow_features) for k in steps]
+            there = [number(1.0 if k < length else 0.0) for k in steps]
+            embedding.append(relu(affine(self.w["future.weight"], self.w["future.bias"], seen + there)))
         return embedding
 
-    def propose(self, x: Matrix, before: Matrix, length: int) -> tuple[Matrix, Matrix]:
+    def propose(self, slow: Matrix, length: int) -> tuple[Matrix, Matrix]:
         """Mean and std of the code at the first `length` steps of one sequence [Eq 12–15]."""
-        future = self.embed_future(x, length)
         means, stds = [], []
-        for t in range(length):
-            hidden = relu(affine(self.w["encoder.0.weight"], self.w["encoder.0.bias"], x[t] + before[t] + future[t]))
+        for s in self.embed_future(slow, length):
+            hidden = relu(affine(self.w["encoder.0.weight"], self.w["encoder.0.bias"], s))
             out = affine(self.w["encoder.2.weight"], self.w["encoder.2.bias"], hidden)
             means.append(out[: self.config.n_z])
             stds.append([torch.exp(min(max(v, number(-5.0)), number(2.0))) for v in out[self.config.n_z :]])

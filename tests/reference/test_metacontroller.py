@@ -27,7 +27,7 @@ from tests.tiny import SIZES, Readout, tiny_metacontroller
 WIDTH, N_Z, BATCH, STEPS, ACTIONS = 4, 2, 2, 5, 3
 LENGTHS = (STEPS, 3)
 MASK = torch.arange(STEPS) < torch.tensor(LENGTHS)[:, None]
-TINY = replace(SIZES, n_z=N_Z, n_h=3, n_s=8, encoder_hidden=4, switch_hidden=3, controller_hidden=3, rank=2)
+TINY = replace(SIZES, n_z=N_Z, n_h=3, encoder_hidden=4, switch_hidden=3, controller_hidden=3)
 MODES = ("soft", "gumbel", "straight-through", "hard")
 TEMPERATURE = 0.7
 
@@ -60,6 +60,12 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return draw(BATCH, STEPS, WIDTH), draw(BATCH, STEPS, TINY.n_h, seed=1), draw(BATCH, STEPS, N_Z, seed=2)
 
 
+@pytest.fixture
+def slow() -> Tensor:
+    """Slow features (B, T, k), also where there are no steps any more."""
+    return draw(BATCH, STEPS, TINY.slow_features, seed=3)
+
+
 def compare_gradients(meta: Metacontroller, reference: ReferenceMetacontroller, touched: tuple[str, ...]) -> None:
     """Gradients of every parameter; exactly those of the parts in `touched` must have one."""
     expected = {id(parameter) for parameter in meta.parameters_of(*touched)}
@@ -89,14 +95,16 @@ def test_summarise(meta: Metacontroller, reference: ReferenceMetacontroller, inp
     compare_gradients(meta, reference, ("history",))
 
 
-def test_propose_with_right_padding(
-    meta: Metacontroller, reference: ReferenceMetacontroller, inputs: tuple[Tensor, ...]
-) -> None:
-    x, before, _ = inputs
-    ours = meta.propose(x, before, MASK)
-    theirs = [
-        reference.propose(*rows, length) for *rows, length in zip(numbers(x), numbers(before), LENGTHS, strict=True)
-    ]
+def test_slow_features(meta: Metacontroller, reference: ReferenceMetacontroller, inputs: tuple[Tensor, ...]) -> None:
+    inferred = 3 * inputs[0] + 1
+    ours = meta.slow_features(inferred)
+    close(ours, array([[reference.slow_features(step) for step in row] for row in numbers(inferred)]))
+    assert ours.std() > 0.1
+
+
+def test_propose_with_right_padding(meta: Metacontroller, reference: ReferenceMetacontroller, slow: Tensor) -> None:
+    ours = meta.propose(slow, MASK)
+    theirs = [reference.propose(row, length) for row, length in zip(numbers(slow), LENGTHS, strict=True)]
     mean, std = (torch.cat([array(row[part]) for row in theirs]) for part in (0, 1))
     close(ours.mean[MASK], mean)
     close(ours.std[MASK], std)
@@ -105,12 +113,42 @@ def test_propose_with_right_padding(
     compare_gradients(meta, reference, ("encoder",))
 
 
-def test_proposal_is_mean_plus_std_times_noise(meta: Metacontroller, inputs: tuple[Tensor, ...]) -> None:
-    x, before, _ = inputs
+def test_embedding_sees_the_horizon_and_no_further(meta: Metacontroller) -> None:
+    """Of t, t + 1, …, and nothing before; the end of the episode shows."""
+    slow = leaf(1, STEPS, TINY.slow_features)
+    for t in range(STEPS):
+        gradient = torch.autograd.grad(meta.embed_future(slow, MASK[:1])[0, t].sum(), slow)[0][0].abs().sum(1)
+        assert (gradient > 0).tolist() == [t <= step < t + TINY.horizon for step in range(STEPS)]
+    ended = meta.embed_future(torch.zeros(2, STEPS, TINY.slow_features).double(), MASK)
+    assert torch.equal(ended[0, 0], ended[1, 0])
+    assert not torch.allclose(ended[0, 1], ended[1, 1])
+
+
+def test_proposal_is_mean_plus_std_times_noise(meta: Metacontroller, slow: Tensor) -> None:
     torch.manual_seed(3)
-    ours = meta.propose(x, before, MASK)
+    ours = meta.propose(slow, MASK)
     torch.manual_seed(3)
     close(ours.sample, ours.mean + ours.std * torch.randn(BATCH, STEPS, N_Z, dtype=torch.float64))
+
+
+def test_parse(
+    meta: Metacontroller, reference: ReferenceMetacontroller, inputs: tuple[Tensor, ...], slow: Tensor
+) -> None:
+    """Hard switches on the histories of the residual, mean codes; no random number is drawn."""
+    residual, state = 3 * inputs[0] + 1, torch.get_rng_state()
+    segments, proposals = meta.parse(residual, slow, MASK)
+    assert torch.equal(state, torch.get_rng_state())
+    nothing = numbers(torch.full((STEPS,), torch.nan))
+    switches = []
+    for row, length in enumerate(LENGTHS):
+        x = [normalise(step) for step in numbers(residual[row, :length])]
+        means, stds = reference.propose(numbers(slow[row]), length)
+        code, switch, logit = reference.segment(x, reference.summarise(x), means, nothing, "hard", 1.0)
+        for ours, theirs in zip((segments.code, segments.switch, segments.logit), (code, switch, logit), strict=True):
+            close(ours[row, :length], array(theirs))
+        close(proposals.kl()[row, :length], array([kl(*step) for step in zip(means, stds, strict=True)]))
+        switches += [float(value) for value in switch[1:]]
+    assert 0 < sum(switches) < len(switches)
 
 
 def test_kl(inputs: tuple[Tensor, ...]) -> None:
@@ -209,6 +247,7 @@ def test_control(meta: Metacontroller, reference: ReferenceMetacontroller, input
 def reference_loss(
     reference: ReferenceMetacontroller,
     residual: Tensor,
+    slow: Tensor,
     actions: Tensor,
     readout: Tensor,
     noise: Tensor,
@@ -222,7 +261,7 @@ def reference_loss(
         e = numbers(residual[row])
         x = [normalise(step) for step in e]
         before = reference.summarise(x)
-        means, stds = reference.propose(x, before, length)
+        means, stds = reference.propose(numbers(slow[row]), length)
         proposal = [
             [m + s * n for m, s, n in zip(*step, strict=True)]
             for step in zip(means, stds, numbers(noise[row, :length]), strict=True)
@@ -246,6 +285,7 @@ def test_discovery_loss(
     weighting: str,
     meta: Metacontroller,
     reference: ReferenceMetacontroller,
+    slow: Tensor,
 ) -> None:
     residual, actions = draw(BATCH, STEPS, WIDTH, seed=6), torch.tensor([[0, 2, 1, 1, 0], [2, 2, 0, 0, 0]])
     readout = draw(WIDTH, ACTIONS, seed=7)
@@ -254,7 +294,7 @@ def test_discovery_loss(
     torch.manual_seed(8)
     loss, _ = discovery_loss(
         Readout(meta, readout),
-        Episodes(residual, actions, MASK),
+        Episodes(residual, slow, actions, MASK),
         coefficients,
         mode="soft" if warmup else mode,
         temperature=TEMPERATURE,
@@ -263,12 +303,12 @@ def test_discovery_loss(
     torch.manual_seed(8)
     noise = torch.randn(BATCH, STEPS, N_Z, dtype=torch.float64)
     uniform = torch.rand(BATCH, STEPS, dtype=None if warmup else torch.float64)
-    expected = reference_loss(reference, residual, actions, readout, noise, uniform, mode, coefficients)
+    expected = reference_loss(reference, residual, slow, actions, readout, noise, uniform, mode, coefficients)
     close(loss, expected)
     loss.backward()
     expected.backward()
     learned = ("encoder", "controller", "history", "switch")
-    compare_gradients(meta, reference, learned[:3] if mode in ("hard", "random") else learned)
+    compare_gradients(meta, reference, learned[:2] if mode in ("hard", "random") else learned)
 
 
 # ---------------------------------------------------------------------------------------------- gradcheck
@@ -303,8 +343,8 @@ def test_gradcheck_segment(meta: Metacontroller, mode: str) -> None:
 
 
 def test_gradcheck_propose(meta: Metacontroller) -> None:
-    def propose(x: Tensor) -> tuple[Tensor, ...]:
-        found = meta.propose(x, meta.summarise(x), MASK[:, :4])
+    def propose(slow: Tensor) -> tuple[Tensor, ...]:
+        found = meta.propose(slow, MASK[:, :4])
         return found.mean, found.std, found.sample, found.kl()
 
-    assert torch.autograd.gradcheck(seeded(propose), (leaf(BATCH, 4, WIDTH),))
+    assert torch.autograd.gradcheck(seeded(propose), (leaf(BATCH, 4, TINY.slow_features),))

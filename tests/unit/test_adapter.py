@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from internalrl.base.trajectory import load_trajectory_model
 from internalrl.errors import InternalRLError
 from internalrl.metacontroller.adapter import CONFIG_FILE, TENSOR_FILE, base_fingerprint
 from internalrl.metacontroller.policy import Policy
@@ -104,10 +105,12 @@ def test_a_base_folder_that_is_not_whole(tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "base")
     cut = (tmp_path / "base" / "model.safetensors").read_bytes()[:-100]
     (tmp_path / "base" / "model.safetensors").write_bytes(cut)
-    LlamaForCausalLM(tiny_llama()).save_pretrained(tmp_path / "llama")
-    for name, why in (("base", "no whole"), ("llama", "a llama model"), ("nowhere", "No such file")):
+    for name, why in (("base", "no whole"), ("nowhere", "No such file")):
         with pytest.raises(InternalRLError, match=why):
             SteeredModel.from_base(tmp_path / name, SIZES)
+    LlamaForCausalLM(tiny_llama()).save_pretrained(tmp_path / "llama")
+    with pytest.raises(InternalRLError, match="a llama model"):
+        load_trajectory_model(tmp_path / "llama")
 
 
 def tiny_llama() -> LlamaConfig:
@@ -172,8 +175,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown size": (lambda f: edit(f, metacontroller__rnak=1), "did you mean metacontroller.rank"),
     "wrong type": (lambda f: edit(f, metacontroller__rank="2"), "rank must be a whole number"),
     "policy of text": (lambda f: edit(f, policy_hidden="6"), "policy_hidden must be a whole number or null"),
-    "negative size": (lambda f: edit(f, metacontroller__n_z=-1), "n_z is -1"),
+    "negative size": (lambda f: edit(f, metacontroller__n_z=-1), "metacontroller.n_z is -1; give 1 or more"),
+    "policy of no width": (lambda f: edit(f, policy_hidden=0), "policy_hidden is 0; give 1 or more"),
     "layer too high": (lambda f: edit(f, metacontroller__layer=2), "layer is 2"),
+    "more slow features than dimensions": (lambda f: edit(f, metacontroller__slow_features=17), "give 16 or fewer"),
     "other size": (lambda f: edit(f, metacontroller__rank=3), "do not have the sizes"),
     "absurd size": (lambda f: edit(f, metacontroller__rank=10**9), "do not have the sizes"),
     "policy not told": (lambda f: edit(f, policy_hidden=None), "do not have the sizes"),

@@ -109,7 +109,7 @@ def test_pretrained_run_has_only_the_bare_base(pretrained: RunFolder) -> None:
 def test_what_cannot_be_played_is_refused(whole: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names colour 6"):
         evaluate.main(EvaluateConfig(task="0-6"), whole)
-    with pytest.raises(ValueError, match="--episodes is 0"):
+    with pytest.raises(ValueError, match="episodes is 0"):
         EvaluateConfig(episodes=0)
     discovered = finished_run(tmp_path / "discovered", STAGES[:2])
     with pytest.raises(InternalRLError, match="has no policy"):

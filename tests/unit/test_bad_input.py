@@ -91,7 +91,9 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ((*DISCOVER, *NEW, "--metacontroller.layer", "2"), "layer is 2, but this model has 2 blocks: choose 1 to 1"),
         ((*DISCOVER, *NEW, "--metacontroller.layer", "0"), "layer is 0"),
         ((*DISCOVER, *NEW, "--metacontroller.layer", "low"), "--metacontroller.layer"),
+        ((*DISCOVER, *NEW, "--metacontroller.slow-features", "17"), "the residual stream has 16 dimensions"),
         ((*DISCOVER, *NEW, "--base", "nowhere"), "nowhere/base holds no whole TrajectoryModel"),
+        ((*REINFORCE, *NEW, "--discovered", "nowhere"), "nowhere/base holds no whole"),
         ((*REINFORCE, *NEW, "--discovered", "pretrained"), "adapter_config.json cannot be read"),
         (("evaluate", "discovered", "--task", "0"), "has no policy to choose codes with"),
         (("evaluate", "nowhere"), "is not a run folder"),
@@ -101,6 +103,14 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_what_cannot_be_done(argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = files()
     assert message in complaint(capsys, *argv)
+    assert files() == before
+    assert not Path("new").exists()
+
+
+def test_what_cannot_be_done_replaces_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    before = files()
+    complaint(capsys, *DISCOVER, "--base", "nowhere", "--run", "discovered", "--overwrite")
+    complaint(capsys, *REINFORCE, "--discovered", "nowhere", "--run", "reinforced", "--overwrite")
     assert files() == before
 
 
@@ -169,6 +179,7 @@ def test_damaged_and_foreign_files(name: str, capsys: pytest.CaptureFixture[str]
     before = files()
     assert message in complaint(capsys, *argv)
     assert files() == before
+    assert not Path("new").exists()
 
 
 # ---------------------------------------------------------------------------------- what happens on the way

@@ -10,13 +10,17 @@ from typing import Any, Literal
 import pytest
 
 from internalrl.configio import from_dict, load_yaml, to_dict
-from internalrl.errors import InternalRLError
+from internalrl.errors import InternalRLError, OptionError
 
 
 @dataclass(frozen=True)
 class Inner:
     size: int = 7
     names: tuple[str, ...] = ("a",)
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise OptionError("size", f"is {self.size}; give 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ def test_yaml(tmp_path: Path) -> None:
         ({"pair": [1]}, "f.yaml: pair must be a list (a whole number, a number), found [1]."),
         ({"inner": {"names": [1]}}, "f.yaml: inner.names[0] must be text, found 1."),
         ({"options": {"w": "x"}}, "f.yaml: options.w must be a number, found 'x'."),
+        ({"inner": {"size": -1}}, "f.yaml: inner.size is -1; give 0 or more."),
+        ({"extra": {"size": -1}}, "f.yaml: extra.size is -1; give 0 or more."),
     ],
 )
 def test_mistakes(values: dict[str, Any], message: str) -> None:

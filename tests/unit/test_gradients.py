@@ -12,7 +12,10 @@ from internalrl.metacontroller.model import Metacontroller
 from internalrl.metacontroller.policy import Policy, PolicyActor
 from internalrl.metacontroller.steered import SteeredModel
 from tests.tiny import (
+    BATCH,
+    LEARNING_MODES,
     N_Z,
+    STEPS,
     WIDTH,
     close,
     codes,
@@ -20,17 +23,7 @@ from tests.tiny import (
     discovery,
     tiny_metacontroller,
     tiny_steered,
-    walks,
 )
-
-BATCH, STEPS = 4, 9
-LEARNING_MODES = ("soft", "gumbel", "straight-through", "counterfactual")
-
-
-@pytest.fixture
-def observations() -> Tensor:
-    return walks(BATCH, STEPS)
-
 
 # ---------------------------------------------------------------------------------- who gets gradients
 
@@ -61,7 +54,10 @@ def test_parts_name_every_parameter_once() -> None:
 def test_discovery_reaches_all_of_the_metacontroller_and_nothing_else(mode: str, observations: Tensor) -> None:
     """The switch among them; the base, through which the gradient flows, gets none."""
     steered = tiny_steered()
-    discovery(steered, observations, mode)[0].backward()
+    loss, metrics = discovery(steered, observations, mode)
+    loss.backward()
+    assert loss.item() == pytest.approx(metrics["loss"] + metrics.get("switch_loss", 0))
+    assert (metrics.get("switch_loss", 0) > 0) == (mode == "counterfactual")
     assert trained(steered.metacontroller) == {name for name, _ in steered.metacontroller.named_parameters()}
     assert all(p.grad is None and not p.requires_grad for p in steered.base.parameters())
 

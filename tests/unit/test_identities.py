@@ -18,9 +18,12 @@ from internalrl.metacontroller.policy import Policy, PolicyActor
 from internalrl.metacontroller.rollout import rollout
 from internalrl.metacontroller.steered import SteeredModel
 from tests.tiny import (
+    BATCH,
     GRID,
     N_Z,
+    RELAXED_MODES,
     SIZES,
+    STEPS,
     WIDTH,
     close,
     codes,
@@ -28,22 +31,9 @@ from tests.tiny import (
     environment,
     tiny_metacontroller,
     tiny_steered,
-    walks,
 )
 
-BATCH, STEPS = 4, 9
-MODES = ("soft", "gumbel", "straight-through", "hard")
-LEARNING_MODES = ("soft", "gumbel", "straight-through")
-
-
-@pytest.fixture(params=("one-hot", "planner"))
-def steered(request: pytest.FixtureRequest) -> SteeredModel:
-    return tiny_steered(request.param)
-
-
-@pytest.fixture
-def observations() -> Tensor:
-    return walks(BATCH, STEPS)
+MODES = (*RELAXED_MODES, "hard")
 
 
 def varied(switch: Tensor) -> bool:
@@ -248,7 +238,7 @@ def test_decoding_holds_and_replaces_alike(bias: float, observations: Tensor) ->
     assert (decoded.switch[:, 1:] == (bias > 0)).all()
 
 
-@pytest.mark.parametrize("mode", LEARNING_MODES)
+@pytest.mark.parametrize("mode", RELAXED_MODES)
 def test_larger_logit_means_more_switching(mode: str) -> None:
     logit = torch.linspace(-4, 4, 9, requires_grad=True)
     noise = torch.zeros(9)

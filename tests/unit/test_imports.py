@@ -17,7 +17,7 @@ PACKAGE = Path(internalrl.__file__).parent
 
 LAYERS = (
     {"errors"},
-    {"files", "domains"},
+    {"files", "domains", "ranges", "streams"},
     {"checkpoint", "configio"},
     {"runlog"},
     {"loop"},

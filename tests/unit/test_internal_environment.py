@@ -95,7 +95,7 @@ def replay(steered: SteeredModel, env: InternalEnvironment, chosen: Tensor) -> t
         seen.append(x[0])
         return left.pop(0)[None]
 
-    return rollout(steered, GridBatch(GRID, layout, TASK), propose), seen
+    return rollout(steered, GridBatch(GRID, layout, TASK), propose, forget=True), seen
 
 
 @pytest.mark.parametrize("encoder", ["planner", "one-hot"])
@@ -113,7 +113,7 @@ def test_same_codes_give_the_same_episode_as_a_rollout(encoder: str) -> None:
         assert sum(segment.reward for segment in segments) == result.reward[0]
         assert np.array_equal([segment.seen for segment in segments], torch.stack(seen).numpy())
         counts.append(len(segments))
-    assert min(counts) < max(counts) > 3  # the episodes are no trivial ones
+    assert min(counts) < max(counts) >= 3  # the episodes are no trivial ones
 
 
 def test_a_segment_ends_at_a_switch_or_with_the_episode() -> None:

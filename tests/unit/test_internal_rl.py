@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from torch.testing import assert_close
 
 from internalrl.internal_rl.agents import InternalAgent, RawActionAgent
 from internalrl.internal_rl.objective import advantages, clipped_surrogate
+from internalrl.internal_rl.train import reinforce
 from internalrl.metacontroller.policy import Policy, PolicyActor
+from internalrl.metacontroller.rollout import BatchEnvironment
+from internalrl.runlog import RunFolder
+from internalrl.stages import ReinforceConfig
 from tests.tiny import N_Z, WIDTH, close, environment, tiny_steered, widen
 
 
@@ -114,7 +119,7 @@ def test_raw_actions_are_scored_as_they_were_drawn(temperature: float) -> None:
     log_prob[mask].sum().backward()
     assert agent.module is agent.steered.base
     untouched = {name for name, p in agent.steered.named_parameters() if p.grad is None}
-    meta = {f"metacontroller.{name}" for name, _ in agent.steered.metacontroller.named_parameters()}
+    meta = {name for name, _ in agent.steered.named_parameters() if name.startswith("adapters.")}
     unused = {f"base.{name}" for name in ("observation_head.weight", "observation_head.bias")}
     assert untouched == meta | unused | {"base.backbone.embed_tokens.weight"}
 
@@ -129,3 +134,20 @@ def test_codes_are_scored_as_they_were_drawn(policy: Policy) -> None:
     noise = torch.randn(12, N_Z, generator=generator())
     expected = -0.5 * (noise**2).sum(1) - (policy.log_std.sum() + N_Z / 2 * math.log(2 * math.pi))
     close(agent.log_prob(decisions)[:, 0], expected)
+
+
+@pytest.mark.parametrize(("budget", "iterations"), [(3, 1), (4, 1), (11, 2), (12, 3)])
+def test_the_last_batch_does_not_pass_the_budget(budget: int, iterations: int, tmp_path: Path) -> None:
+    """Batches of four: what is left over is not played, but one batch always is."""
+    played = []
+
+    def environments(iteration: int) -> BatchEnvironment:
+        played.append(iteration)
+        return environment(4, seed=iteration)
+
+    config = ReinforceConfig(episodes=budget, batch_size=4, epochs=1)
+    summary = reinforce(
+        RawActionAgent(tiny_steered()), environments, config, RunFolder.create(tmp_path / "run", {}, seed=0)
+    )
+    assert played == list(range(iterations))
+    assert summary["episodes"] == 4 * iterations

@@ -10,6 +10,9 @@ from internalrl.base.residual import ResidualTap
 from internalrl.errors import InternalRLError
 from internalrl.metacontroller.steered import SteeredModel
 from tests.tiny import (
+    BATCH,
+    LEARNING_MODES,
+    STEPS,
     WIDTH,
     close,
     codes,
@@ -19,20 +22,6 @@ from tests.tiny import (
     tiny_steered,
     walks,
 )
-
-BATCH, STEPS = 4, 9
-LEARNING_MODES = ("soft", "gumbel", "straight-through", "counterfactual")
-
-
-@pytest.fixture(params=("one-hot", "planner"))
-def steered(request: pytest.FixtureRequest) -> SteeredModel:
-    return tiny_steered(request.param)
-
-
-@pytest.fixture
-def observations() -> Tensor:
-    return walks(BATCH, STEPS)
-
 
 # ---------------------------------------------------------------------------------- rows do not leak
 
@@ -95,8 +84,8 @@ def test_padding_changes_no_episode(observations: Tensor) -> None:
     for steps in (length, STEPS):
         mask = (torch.arange(steps) < length).expand(BATCH, -1)
         residual = steered.residual(observations[:, :steps])
-        x = meta.read(residual)
-        proposals = meta.propose(x, meta.summarise(x), mask)
+        slow = meta.slow_features(steered.inferred(observations[:, :steps], residual))
+        x, proposals = meta.read(residual), meta.propose(slow, mask)
         segments = meta.segment(x, meta.summarise(x), proposals.mean, "soft")
         logits = steered(residual, segments.code)
         found.append([part[:, :length] for part in (proposals.mean, proposals.std, segments.code, logits)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,7 +94,8 @@ def recipes(folder: Path) -> dict[str, tuple[Callable[..., dict[str, Any]], Any]
         ("pretrain", "pretrain", 0),
         ("pretrain", "pretrain", 3),
         ("discover", "discover", 2),
-        ("discover", "discover", 7),  # while the switch is learned
+        ("discover", "discover", 7),  # while the switch is learned: crops are about to move
+        ("discover", "discover", 8),  # they have moved
         ("discover", "consolidate", 0),  # discovery is complete
         ("discover", "consolidate", 3),
         ("internal", "reinforce", 3),
@@ -113,6 +115,31 @@ def test_resumed_run_equals_uninterrupted_run(
     summary = start(main, config, tmp_path / name, resume=True)
     assert summary == json.loads((runs / f"{name}.json").read_text())
     assert outcome(tmp_path / name) == outcome(runs / name)
+
+
+def test_a_resumed_run_crops_where_the_killed_one_did(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the switches of the metacontroller as it was when crops moved to them, not as it is by now."""
+    main, config = recipes(runs)["discover"]
+    read, segmenters = discovery.read_corpus, []
+
+    def reading(*given: Any) -> Any:
+        segmenters.append(copy.deepcopy(given[-1]))
+        return read(*given)
+
+    monkeypatch.setattr(discovery, "read_corpus", reading)
+    kill_at(monkeypatch, "discover", 8)
+    with pytest.raises(KilledError):
+        start(main, config, tmp_path / "run")
+    meanwhile = RunFolder.open(tmp_path / "run").load_checkpoint("discover")[0]
+    start(main, config, tmp_path / "run", resume=True)
+    first, moved, again = segmenters
+    assert first is None
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in moved.state_dict().items())
+    now = moved.state_dict()
+    changed = {name for name, t in now.items() if not torch.equal(t, meanwhile[f"metacontroller/{name}"])}
+    assert changed  # else there would be nothing to tell apart
 
 
 @pytest.mark.parametrize("name", ["pretrain", "discover", "internal", "raw-action"])

@@ -39,10 +39,11 @@ class Case:
         self.steered = Readout(meta, 0.3 * torch.randn(WIDTH, ACTIONS, dtype=torch.float64))
         mask = torch.arange(steps) < lengths[:, None]
         residual = torch.randn(count, steps, WIDTH, dtype=torch.float64)
-        self.episodes = Episodes(residual, torch.randint(ACTIONS, mask.shape), mask)
+        slow = torch.randn(count, steps, SIZES.slow_features, dtype=torch.float64)
+        self.episodes = Episodes(residual, slow, torch.randint(ACTIONS, mask.shape), mask)
         self.x = meta.read(residual)
         self.before = meta.summarise(self.x)
-        self.proposals = meta.propose(self.x, self.before, mask)
+        self.proposals = meta.propose(slow, mask)
         with torch.no_grad():
             given = self.x, self.before, self.proposals.sample, "straight-through", SAMPLING_TEMPERATURE
             meta.switch_head.bias -= meta.segment(*given).logit.median()  # open at about every other step
@@ -121,7 +122,7 @@ def test_discovery_adds_it_to_the_loss_of_the_same_segmentation() -> None:
     torch.manual_seed(1)
     loss, metrics = discovery_loss(case.steered, episodes, COEFFICIENTS, "counterfactual")
     torch.manual_seed(1)
-    case.proposals = meta.propose(case.x, case.before, episodes.mask)
+    case.proposals = meta.propose(episodes.slow, episodes.mask)
     with torch.no_grad():
         given = case.x, case.before, case.proposals.sample, "straight-through", SAMPLING_TEMPERATURE
         case.drawn = meta.segment(*given)
@@ -221,7 +222,8 @@ def marked_episodes(count: int, steps: int = 16) -> tuple[Episodes, Tensor, Tens
     residual = torch.randn(count, steps, WIDTH)
     residual[..., 0] = torch.where(boundary, 4.0, -4.0)
     mask = torch.arange(steps) < torch.randint(2, steps + 1, (count, 1))
-    return Episodes(residual, actions, mask), boundary & mask, nn.functional.one_hot(actions, N_Z).float()
+    slow = torch.zeros(count, steps, SIZES.slow_features)  # codes are given
+    return Episodes(residual, slow, actions, mask), boundary & mask, nn.functional.one_hot(actions, N_Z).float()
 
 
 @pytest.mark.parametrize("bias", [-6.0, 6.0])

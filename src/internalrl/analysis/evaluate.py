@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from internalrl.metacontroller.rollout import Rollout, prior, rollout
 from internalrl.metacontroller.steered import Propose, SteeredModel
 from internalrl.runlog import RunFolder, read_run
 from internalrl.stages import EvaluateConfig, MetacontrollerConfig
+from internalrl.streams import Stream
 
 CHUNK = 1024
 """Episodes played at once."""
@@ -50,10 +51,14 @@ def main(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
     models = open_models(run)
     task = config.task or run_task(run, models.grid)
     parse_task(task, models.grid)
+    options = read_run(run.path)["config"]
     if config.controller == "off":
+        config = replace(config, forget=False)
         steered, temperature = bare(models.base), 0.0 if config.deterministic else 1.0
     else:
-        temperature = find(read_run(run.path)["config"], "temperature") or 0.0
+        temperature = find(options, "temperature") or 0.0
+        if config.forget is None:
+            config = replace(config, forget=find(options, "forget"))
         if models.steered is None or (config.controller == "policy" and models.steered.policy is None):
             what = "adapter" if models.steered is None else "policy"
             raise InternalRLError(
@@ -95,13 +100,13 @@ def play(
     steered: SteeredModel, grid: GridConfig, task: str, config: EvaluateConfig, temperature: float, seed: int
 ) -> Iterator[Episodes]:
     """Play `config.episodes` episodes of `task`, at most `CHUNK` at a time; the same seed gives the same ones."""
-    rng, generator = np.random.default_rng([seed, 5]), torch.Generator().manual_seed(seed)
+    rng, generator = Stream.EVALUATE.numpy(seed), Stream.EVALUATE.torch(seed)
     goal = parse_task(task, grid)
     for begin in range(0, config.episodes, CHUNK):
         count = min(CHUNK, config.episodes - begin)
         layouts = sample_layouts(grid, count, rng)
         propose = _proposer(steered, config, count, generator)
-        result = rollout(steered, GridBatch(grid, layouts, goal), propose, temperature, config.forget, generator)
+        result = rollout(steered, GridBatch(grid, layouts, goal), propose, temperature, bool(config.forget), generator)
         yield _replay(GridBatch(grid, layouts, goal), result)
 
 

@@ -41,7 +41,8 @@ class Material:
         steered, grid = self.models.steered, self.models.grid
         if steered is None or steered.policy is None:
             return None
-        config, temperature = EvaluateConfig(episodes=256), self.setting("temperature") or 0.0
+        config = EvaluateConfig(episodes=256, forget=self.setting("forget"))
+        temperature = self.setting("temperature") or 0.0
         return next(play(steered, grid, run_task(self.run, grid), config, temperature, self.run.seed))
 
     def setting(self, name: str) -> Any:

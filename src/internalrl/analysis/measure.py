@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from internalrl.analysis.evaluate import Episodes
 from internalrl.base.batches import split, to_batch
 from internalrl.base.trajectory import TrajectoryModel
-from internalrl.discovery.evaluate import free_play, segment_demonstrations
+from internalrl.discovery.evaluate import free_play
+from internalrl.discovery.objective import Episodes as Demonstrated
 from internalrl.discovery.objective import action_nll
 from internalrl.domains.grid import Demonstrations, GridConfig, demonstrate, pretraining_tasks
 from internalrl.domains.grid_bayes import bayes_filter, expert_nll
 from internalrl.domains.grid_play import entered_colors, subgoal_transitions
 from internalrl.metacontroller.steered import SteeredModel
+from internalrl.streams import Stream
 
 NO_SUBGOAL = -1
 """In place of a subgoal's number: the segment did not begin with the two colours of one."""
@@ -72,15 +74,13 @@ def references(base: TrajectoryModel, grid: GridConfig, episodes: int, seed: int
 @torch.no_grad()
 def coding(steered: SteeredModel, grid: GridConfig, episodes: int, seed: int, shown: int = 20) -> Coding:
     """Let the metacontroller cut demonstrations into segments and code them."""
-    meta = steered.metacontroller
     batch = to_batch(grid, _demonstrations(grid, episodes, seed))
     nll, kl, switches = 0.0, 0.0, []
     for part in split(batch, 128):
-        residual = steered.residual(part.observations)
-        segments = segment_demonstrations(steered, residual, part.mask)
-        x = meta.read(residual)
-        rate = meta.propose(x, meta.summarise(x), part.mask).kl() * segments.switch
-        logits = steered(residual, segments.code)
+        demonstrated = Demonstrated.of(steered, part)
+        segments, proposals = steered.metacontroller.parse(demonstrated.residual, demonstrated.slow, part.mask)
+        rate = proposals.kl() * segments.switch
+        logits = steered(demonstrated.residual, segments.code)
         nll += action_nll(logits, part.actions, part.mask).item() * int(part.mask.sum())
         kl += float(rate[part.mask].sum())
         switches.append(segments.switch > 0.5)
@@ -146,4 +146,4 @@ def _segments(entered: NDArray[np.integer], switch: NDArray[np.bool_], code: NDA
 
 
 def _demonstrations(grid: GridConfig, episodes: int, seed: int) -> Demonstrations:
-    return demonstrate(grid, episodes, pretraining_tasks(grid), np.random.default_rng([seed, 7]))
+    return demonstrate(grid, episodes, pretraining_tasks(grid), Stream.REPORT.numpy(seed))

@@ -19,6 +19,7 @@ from internalrl.base.residual import find_blocks
 from internalrl.base.trajectory import TrajectoryModel
 from internalrl.domains.grid import Demonstrations, GridConfig, demonstrate, pretraining_tasks
 from internalrl.domains.grid_bayes import bayes_filter
+from internalrl.streams import Stream
 
 FIT_STEPS = 8000
 """Steps that a probe is fitted on, drawn at random from the demonstrations: more change the result little."""
@@ -41,7 +42,7 @@ def probe(
     fit, test = _demonstrations(grid, episodes, seed)
     residuals, subgoal = _steps(model, grid, fit, chosen)
     fresh, truth = _steps(model, grid, test, chosen)
-    rows = np.random.default_rng(seed).permutation(len(subgoal))[:FIT_STEPS]
+    rows = Stream.PROBE.numpy(seed, 1).permutation(len(subgoal))[:FIT_STEPS]
     accuracy = {}
     for layer in chosen:
         # How strong the penalty is matters little; some of it makes the fit fast where features are nearly collinear.
@@ -64,7 +65,7 @@ def limits(grid: GridConfig, episodes: int = 512, seed: int = 0) -> tuple[float,
 
 def _demonstrations(grid: GridConfig, episodes: int, seed: int) -> tuple[Demonstrations, Demonstrations]:
     """Some to fit on, and others to test on."""
-    rng, tasks = np.random.default_rng([seed, 6]), pretraining_tasks(grid)
+    rng, tasks = Stream.PROBE.numpy(seed), pretraining_tasks(grid)
     return demonstrate(grid, episodes, tasks, rng), demonstrate(grid, episodes, tasks, rng)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from internalrl.domains.grid import Demonstrations, GridConfig, demonstrate, observe, pretraining_tasks
+from internalrl.streams import Stream
 
 BUCKET = 8  # batches that are drawn together and sorted by length, so that padding is short
 
@@ -50,29 +51,38 @@ def to_batch(config: GridConfig, demonstrations: Demonstrations, starts: np.ndar
     return Batch(*(torch.from_numpy(x) for x in (observations, actions, mask, subgoal, boundary)))
 
 
-def held_out(config: GridConfig, size: int, seed: int) -> Batch:
-    """`size` whole demonstrations, of all lengths, that no training batch of the same seed holds."""
-    return to_batch(config, demonstrate(config, size, pretraining_tasks(config), np.random.default_rng([seed, 2**31])))
+def held_out(config: GridConfig, size: int, seed: int, stream: Stream = Stream.HELD_OUT) -> Batch:
+    """`size` whole demonstrations, of all lengths, that no training batch holds."""
+    return to_batch(config, demonstrate(config, size, pretraining_tasks(config), stream.numpy(seed)))
 
 
 def demonstration_batches(
-    config: GridConfig, size: int, seed: int, start: int = 0, crop: float = 0.0, noise: float = 0.0
+    config: GridConfig,
+    size: int,
+    seed: int,
+    start: int = 0,
+    crop: float = 0.0,
+    noise: float = 0.0,
+    stream: Stream = Stream.PRETRAIN,
+    openings: Callable[[Batch], np.ndarray] | None = None,
 ) -> Iterator[Batch]:
     """Endless fresh demonstrations of the pretraining tasks, `size` episodes a batch.
 
-    Batch k depends on (seed, k) alone.
+    Batch k depends on (stream, seed, k) alone.
 
     Args:
         start: index of the first batch, to resume a run.
         crop: probability that an episode is cut to begin at a random step on a plain cell, where episodes begin:
             what came before is then unknown. Colours are seen, so this uses no label.
         noise: the expert's noise ε.
+        openings: says of a batch of whole episodes at which of these steps (B, T) they may begin; an episode without
+            one stays whole.
     """
     tasks = pretraining_tasks(config)
     while True:
-        rng = np.random.default_rng([seed, start // BUCKET])
+        rng = stream.numpy(seed, start // BUCKET)
         demonstrations = demonstrate(config, size * BUCKET, tasks, rng, noise)
-        starts = _crop_starts(config, demonstrations, crop, rng)
+        starts = _crop_starts(config, demonstrations, crop, rng, size, openings)
         order = np.argsort(demonstrations.lengths - starts, kind="stable").reshape(BUCKET, size)
         for rows in rng.permutation(order)[start % BUCKET :]:
             yield to_batch(config, _rows(demonstrations, rows), starts[rows])
@@ -80,11 +90,20 @@ def demonstration_batches(
 
 
 def _crop_starts(
-    config: GridConfig, demonstrations: Demonstrations, crop: float, rng: np.random.Generator
+    config: GridConfig,
+    demonstrations: Demonstrations,
+    crop: float,
+    rng: np.random.Generator,
+    size: int,
+    openings: Callable[[Batch], np.ndarray] | None,
 ) -> np.ndarray:
     content = np.take_along_axis(demonstrations.layouts.contents, demonstrations.positions.astype(np.int64), 1)
-    plain = (content >= config.colors) & demonstrations.mask
-    chosen = (rng.random(plain.shape) * plain).argmax(1)
+    allowed = (content >= config.colors) & demonstrations.mask
+    if openings is not None:
+        for rows in np.argsort(demonstrations.lengths, kind="stable").reshape(-1, size):  # short with short
+            opened = openings(to_batch(config, _rows(demonstrations, rows)))
+            allowed[rows] &= np.pad(opened, ((0, 0), (0, allowed.shape[1] - opened.shape[1])))
+    chosen = (rng.random(allowed.shape) * allowed).argmax(1)
     return np.where(rng.random(len(chosen)) < crop, chosen, 0)
 
 

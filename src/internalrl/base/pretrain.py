@@ -20,6 +20,7 @@ from internalrl.domains.grid_bayes import bayes_filter
 from internalrl.loop import Loop, optimise
 from internalrl.runlog import RunFolder
 from internalrl.stages import BaseConfig, PretrainConfig
+from internalrl.streams import Stream
 
 WARMUP_STEPS = 20
 LOG_EVERY = 10
@@ -32,6 +33,11 @@ def main(config: PretrainConfig, run: RunFolder) -> dict[str, Any]:
     loop = pretrain(model, config, run)
     save_trajectory_model(model, run.path / "base")
     return {**evaluate(model, config.grid, seed=run.seed), "seconds": loop.seconds}
+
+
+def check(config: PretrainConfig) -> None:
+    """ValueError where the grid has no pretraining tasks or hardly any solvable layout."""
+    demonstrate(config.grid, 1, pretraining_tasks(config.grid), Stream.PRETRAIN.numpy(0))
 
 
 def build(config: BaseConfig, grid: GridConfig) -> TrajectoryModel:
@@ -107,7 +113,7 @@ def rate_at(step: int, config: PretrainConfig) -> float:
 def evaluate(model: TrajectoryModel, grid: GridConfig, episodes: int = 2048, seed: int = 0) -> dict[str, float]:
     """Action NLL on fresh demonstrations beside the exact Bayes-optimal one, in nats per action."""
     tasks = pretraining_tasks(grid)
-    demonstrations = demonstrate(grid, episodes, tasks, np.random.default_rng([seed, 2**31]))
+    demonstrations = demonstrate(grid, episodes, tasks, Stream.HELD_OUT.numpy(seed))
     batch = to_batch(grid, demonstrations)
     nll = float(np.mean([losses(model, part)[0].item() for part in split(batch, 256)]))
     bayes = float(bayes_filter(grid, demonstrations, tasks).nll[demonstrations.mask].mean())

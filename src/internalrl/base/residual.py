@@ -21,7 +21,8 @@ class _Stop(Exception):  # noqa: N818 (it ends a forward pass early, which is no
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
     """The list of decoder blocks of any Hugging Face model: its first ModuleList as long as it is deep."""
-    depth = getattr(model.config, "num_hidden_layers", None)
+    config: Any = model.config
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     for _, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
@@ -39,8 +40,9 @@ class ResidualTap:
         layer: number of blocks below the tap, 1 to depth − 1; "middle" is depth // 2.
 
     Raises:
-        InternalRLError: no block list was found, or `layer` is out of range; later, when a forward pass runs
-            past the tap, as one does that torch.compile compiled before the tap was opened.
+        InternalRLError: no block list was found, or `layer` is out of range; later, when the model turns out to
+            have several residual streams, or when a forward pass runs past the tap, as one does that
+            torch.compile compiled before the tap was opened.
     """
 
     def __init__(self, model: PreTrainedModel, layer: int | str = "middle"):
@@ -52,7 +54,7 @@ class ResidualTap:
                 f"layer is {layer}, but this model has {depth} blocks: choose 1 to {depth - 1}, or 'middle'."
             )
         self.layer = chosen
-        self._outputs: int | None = None  # how many values a block returns in a tuple; 0 is a bare tensor
+        self._outputs: int | None = None  # how many values a block returns together; 0 is a bare tensor
 
     @contextmanager
     def steering(self, steer: Steer) -> Iterator[None]:
@@ -62,9 +64,14 @@ class ResidualTap:
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
             nonlocal reached
             reached = True
-            if isinstance(output, tuple):
-                return (steer(output[0]), *output[1:])
-            return steer(output)
+            several = isinstance(output, tuple | list)
+            residual = output[0] if several else output
+            if residual.ndim > 3:
+                raise InternalRLError(
+                    f"Block {self.layer} returns a residual of the shape {tuple(residual.shape)}, expected (batch, "
+                    "steps, width): a metacontroller needs a decoder with a single residual stream."
+                )
+            return (steer(residual), *output[1:]) if several else steer(residual)
 
         handle = self.blocks[self.layer - 1].register_forward_hook(hook)
         try:
@@ -98,7 +105,7 @@ class ResidualTap:
                 if self._outputs is None:  # only running a block tells what it returns; one does
                     with torch.no_grad():
                         output = compute(*args, **kwargs)
-                    self._outputs = len(output) if isinstance(output, tuple) else 0
+                    self._outputs = len(output) if isinstance(output, tuple | list) else 0
                 return (residual, *[None] * (self._outputs - 1)) if self._outputs else residual
 
             return forward

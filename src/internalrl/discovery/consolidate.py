@@ -20,6 +20,7 @@ from internalrl.loop import Loop, optimise
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
 from internalrl.stages import ConsolidateConfig
+from internalrl.streams import Stream
 
 LOG_EVERY = 10
 TOGETHER = 1024  # episodes played at once: few enough for the cache of a core
@@ -59,7 +60,7 @@ def teach(steered: SteeredModel, config: ConsolidateConfig, seed: int) -> list[L
     grid, lessons = steered.base.config.grid, []
     for first in range(0, config.episodes, TOGETHER):
         count = min(TOGETHER, config.episodes - first)
-        play = free_play(steered, grid, count, seed + first, forget=True)
+        play = free_play(steered, grid, count, seed, forget=True, stream=Stream.LESSONS, index=first)
         r = play.rollout
         for part in torch.arange(count).split(config.batch_size):
             observations = torch.from_numpy(observe(grid, play.contents[part], play.positions[part]))
@@ -72,7 +73,7 @@ def consolidate(steered: SteeredModel, config: ConsolidateConfig, run: RunFolder
     """Let the forgetful teacher play with random codes, then train the student on what it did."""
     meta = steered.metacontroller
     optimizer = torch.optim.AdamW(meta.parameters_of("history", "switch", "controller"), lr=config.lr, weight_decay=0.0)
-    choice = torch.Generator().manual_seed(run.seed + 3)
+    choice = Stream.CONSOLIDATE.torch(run.seed)
     loop = Loop(run, "consolidate", config.steps, {"metacontroller": meta}, {"adamw": optimizer}, {"choice": choice})
     lessons = teach(steered, config, run.seed)
     for step in loop:

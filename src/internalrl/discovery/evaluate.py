@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from internalrl.base.batches import Batch
-from internalrl.discovery.objective import action_nll
+from internalrl.discovery.objective import Episodes, action_nll
 from internalrl.domains.grid import GridConfig, sample_layouts
 from internalrl.domains.grid_play import FreePlay, entered_colors, subgoal_transitions
-from internalrl.metacontroller.model import Segmentation
 from internalrl.metacontroller.rollout import Rollout, prior, rollout
 from internalrl.metacontroller.steered import SteeredModel
+from internalrl.streams import Stream
 
 
 def boundary_f1(predicted: Tensor, true: Tensor, mask: Tensor, tolerance: int = 1) -> float:
@@ -37,22 +37,13 @@ def _near(events: Tensor, tolerance: int) -> Tensor:
 
 
 @torch.no_grad()
-def segment_demonstrations(steered: SteeredModel, residual: Tensor, mask: Tensor) -> Segmentation:
-    """The metacontroller's own segments of demonstrations: hard switches, the posterior's mean codes."""
-    meta = steered.metacontroller
-    x = meta.read(residual)
-    before = meta.summarise(x)
-    return meta.segment(x, before, meta.propose(x, before, mask).mean, "hard")
-
-
-@torch.no_grad()
 def alignment(steered: SteeredModel, batch: Batch) -> dict[str, float]:
     """On demonstrations, with hard switches: NLL, F1 of boundaries (±1 step), switches per episode."""
-    residual = steered.residual(batch.observations)
-    segments = segment_demonstrations(steered, residual, batch.mask)
+    episodes = Episodes.of(steered, batch)
+    segments, _ = steered.metacontroller.parse(episodes.residual, episodes.slow, batch.mask)
     switch = segments.switch > 0.5
     return {
-        "hard_nll": action_nll(steered(residual, segments.code), batch.actions, batch.mask).item(),
+        "hard_nll": action_nll(steered(episodes.residual, segments.code), batch.actions, batch.mask).item(),
         "switch_f1": boundary_f1(switch, batch.boundary, batch.mask),
         "hard_switches": (switch & batch.mask)[:, 1:].sum().item() / len(batch),
         "true_switches": batch.boundary.sum().item() / len(batch),
@@ -68,11 +59,19 @@ class Play:
     rollout: Rollout
 
 
-def free_play(steered: SteeredModel, grid: GridConfig, episodes: int, seed: int, forget: bool = False) -> Play:
+def free_play(
+    steered: SteeredModel,
+    grid: GridConfig,
+    episodes: int,
+    seed: int,
+    forget: bool = False,
+    stream: Stream = Stream.FREE_PLAY,
+    index: int = 0,
+) -> Play:
     """Let random codes z ~ N(0, I) act for whole episodes; the base is greedy."""
-    environment = FreePlay(grid, sample_layouts(grid, episodes, np.random.default_rng([seed, 3])))
-    generator = torch.Generator().manual_seed(seed)
-    result = rollout(steered, environment, prior(steered.metacontroller.config.n_z, generator), forget=forget)
+    environment = FreePlay(grid, sample_layouts(grid, episodes, stream.numpy(seed, index)))
+    propose = prior(steered.metacontroller.config.n_z, stream.torch(seed, index))
+    result = rollout(steered, environment, propose, forget=forget)
     return Play(environment.layouts.contents, environment.positions, result)
 
 

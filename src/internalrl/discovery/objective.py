@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from internalrl.base.batches import Batch
 from internalrl.metacontroller.model import Proposals, Segmentation, SwitchMode, held_code
 from internalrl.metacontroller.steered import SteeredModel
 
@@ -32,11 +33,20 @@ class Coefficients:
 
 @dataclass
 class Episodes:
-    """Demonstrations as discovery sees them: residual (B, T, n_e), actions (B, T), mask (B, T)."""
+    """Demonstrations as discovery sees them: residual (B, T, n_e), slow features (B, T, k), actions and mask (B, T)."""
 
     residual: Tensor
+    slow: Tensor
     actions: Tensor
     mask: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, steered: SteeredModel, batch: Batch) -> Episodes:
+        """What discovery needs of `batch`; all that the frozen lower half of the base computes."""
+        residual = steered.residual(batch.observations)
+        slow = steered.metacontroller.slow_features(steered.inferred(batch.observations, residual))
+        return cls(residual, slow, batch.actions, batch.mask)
 
     def repeat(self, times: int) -> Episodes:
         return Episodes(*(v.repeat(times, *[1] * (v.ndim - 1)) for v in vars(self).values()))
@@ -93,7 +103,7 @@ def discovery_loss(
     meta, mask = steered.metacontroller, episodes.mask
     x = meta.read(episodes.residual)
     before = meta.summarise(x)
-    proposals = meta.propose(x, before, mask)
+    proposals = meta.propose(episodes.slow, mask)
     if random_switch is not None:
         switch = (torch.rand(mask.shape) < random_switch).to(x.dtype)
         switch[:, 0] = 1
@@ -106,18 +116,20 @@ def discovery_loss(
         segments = meta.segment(x, before, proposals.sample, mode, temperature)
     terms = elbo_terms(steered, episodes, segments.code, segments.switch, proposals.kl(), coefficients)
     loss = terms.total(coefficients).sum() / mask.sum()
-    learned = torch.zeros(())
-    if random_switch is None and mode == "counterfactual":
-        cost = terms.total(coefficients).detach()
-        learned = switch_loss(steered, episodes, coefficients, x, before, proposals, drawn, cost)
     certain = torch.sigmoid(segments.logit.detach())[:, 1:][mask[:, 1:]]
-    return loss + learned, {
+    metrics = {
         "loss": loss.item(),
         "nll": (terms.nll.sum() / mask.sum()).item(),
         "kl": terms.kl.mean().item(),
         "switches": terms.switches.mean().item(),
         "bimodality": ((certain < 0.1) | (certain > 0.9)).float().mean().item(),
     }
+    if random_switch is None and mode == "counterfactual":
+        cost = terms.total(coefficients).detach()
+        learned = switch_loss(steered, episodes, coefficients, x, before, proposals, drawn, cost)
+        metrics["switch_loss"] = learned.item()
+        loss = loss + learned
+    return loss, metrics
 
 
 def switch_loss(

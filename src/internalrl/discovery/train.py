@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 
-from internalrl.base.batches import demonstration_batches, held_out
-from internalrl.base.trajectory import load_trajectory_model, save_trajectory_model
+from internalrl.base.batches import Batch, demonstration_batches, held_out
+from internalrl.base.trajectory import TrajectoryModel, load_trajectory_model, save_trajectory_model
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.evaluate import alignment, pass_rates
 from internalrl.discovery.objective import Coefficients, Episodes, discovery_loss
+from internalrl.discovery.slow import slow_features
 from internalrl.loop import Loop, optimise
+from internalrl.metacontroller.adapter import Adapter
 from internalrl.metacontroller.model import Metacontroller
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
 from internalrl.stages import DiscoverConfig
+from internalrl.streams import Stream
 
 LOG_EVERY = 10
+SLOW_EPISODES = 1024  # that slow features are found on
 EVALUATE_EVERY = 100
 
 
 def main(config: DiscoverConfig, run: RunFolder) -> dict[str, Any]:
     """Discover and consolidate on the base model of another run; save base and adapter to `run`."""
-    base = load_trajectory_model(config.base / "base")
+    base = load_base(config)
     save_trajectory_model(base, run.path / "base")
     torch.manual_seed(run.seed)
     steered = SteeredModel.from_base(base, config.metacontroller)
@@ -35,23 +43,38 @@ def main(config: DiscoverConfig, run: RunFolder) -> dict[str, Any]:
     return {**evaluate(steered, run.seed), "seconds": seconds}
 
 
+def load_base(config: DiscoverConfig) -> TrajectoryModel:
+    """The base model of `config`; InternalRLError where there is none, or the metacontroller does not fit it."""
+    base = load_trajectory_model(config.base / "base")
+    Adapter(base, config.metacontroller)
+    return base
+
+
 def discover(steered: SteeredModel, config: DiscoverConfig, run: RunFolder) -> Loop:
     """Train the metacontroller on demonstrations, in three phases; the base stays frozen.
 
     Codes form under random switches, when information is nearly free; they are squeezed, still under random
-    switches, until they hold little but the subgoal; only then is it worth asking when to switch.
+    switches, until they hold little but the subgoal; only then is it worth asking when to switch. Once that is
+    known, crops begin where the learned switch fires, so that a code always stands for a whole segment.
     """
     meta, grid = steered.metacontroller, steered.base.config.grid
-    corpus = read_corpus(steered, config, run.seed)
+    find_slow_features(steered, config, run.seed)
+    segmenter, corpus = copy.deepcopy(meta), None
     unseen = held_out(grid, 256, run.seed)
     optimizer = make_optimizer(meta, config)
-    choice = torch.Generator().manual_seed(run.seed)
+    choice = Stream.DISCOVER.torch(run.seed)
     learn_from = config.form_steps + config.squeeze_steps
     total = learn_from + config.switch_steps
-    loop = Loop(run, "discover", total, {"metacontroller": meta}, {"adamw": optimizer}, {"choice": choice})
+    recrop_from = learn_from + config.recrop_steps
+    modules = {"metacontroller": meta, "segmenter": segmenter}
+    loop = Loop(run, "discover", total, modules, {"adamw": optimizer}, {"choice": choice})
     for step in loop:
         if step == learn_from:
             meta.reset_switch()
+        if step == recrop_from:
+            segmenter.load_state_dict(meta.state_dict())
+        if corpus is None or step == recrop_from:
+            corpus = read_corpus(steered, config, run.seed, segmenter if step >= recrop_from else None)
         episodes = corpus[int(torch.randint(len(corpus), (1,), generator=choice))]
         loss, metrics = discovery_loss(
             steered,
@@ -72,11 +95,36 @@ def discover(steered: SteeredModel, config: DiscoverConfig, run: RunFolder) -> L
     return loop
 
 
-def read_corpus(steered: SteeredModel, config: DiscoverConfig, seed: int) -> list[Episodes]:
-    """Demonstrations with the frozen lower half's residuals, computed once."""
-    stream = demonstration_batches(steered.base.config.grid, config.batch_size, seed + 1, crop=config.crop)
-    batches = (next(stream) for _ in range(config.batches))
-    return [Episodes(steered.residual(batch.observations), batch.actions, batch.mask) for batch in batches]
+def find_slow_features(steered: SteeredModel, config: DiscoverConfig, seed: int) -> None:
+    """Give the metacontroller the slow features that its encoder reads, found on whole demonstrations."""
+    meta, grid = steered.metacontroller, steered.base.config.grid
+    batch = held_out(grid, SLOW_EPISODES, seed, Stream.SLOW)
+    inferred = meta.read(steered.inferred(batch.observations, steered.residual(batch.observations)))
+    meta.slow_mean, meta.slow, _ = slow_features(inferred, batch.mask, meta.config.slow_features, config.slow_lag)
+
+
+def read_corpus(
+    steered: SteeredModel, config: DiscoverConfig, seed: int, segmenter: Metacontroller | None = None
+) -> list[Episodes]:
+    """Demonstrations with the frozen lower half's residuals, computed once; crops begin after the hard switches of
+    `segmenter` if there is one."""
+
+    @torch.no_grad()
+    def openings(batch: Batch) -> np.ndarray:
+        assert segmenter is not None
+        episodes = Episodes.of(steered, batch)
+        segments, _ = segmenter.parse(episodes.residual, episodes.slow, batch.mask)
+        return F.pad(segments.switch[:, 1:-1] > 0.5, (2, 0)).numpy()  # the step after a switch
+
+    batches = demonstration_batches(
+        steered.base.config.grid,
+        config.batch_size,
+        seed,
+        crop=config.crop,
+        stream=Stream.DISCOVER,
+        openings=openings if segmenter is not None else None,
+    )
+    return [Episodes.of(steered, batch) for batch in islice(batches, config.batches)]
 
 
 def make_optimizer(meta: Metacontroller, config: DiscoverConfig) -> torch.optim.Optimizer:
@@ -89,9 +137,9 @@ def make_optimizer(meta: Metacontroller, config: DiscoverConfig) -> torch.optim.
 
 def coefficients_at(step: int, config: DiscoverConfig) -> Coefficients:
     """α and c at a step: both rise geometrically, α in the squeeze and again, with c, as the switch is learned."""
-    squeezed = min(max(step - config.form_steps, 0) / max(config.squeeze_steps, 1), 1.0)
-    rising = step - config.form_steps - config.squeeze_steps - config.hold_steps
-    risen = min(max(rising, 0) / max(config.rise_steps, 1), 1.0)
+    squeezing = step - config.form_steps
+    rising = squeezing - config.squeeze_steps - config.hold_steps
+    squeezed, risen = _share(squeezing, config.squeeze_steps), _share(rising, config.rise_steps)
     return Coefficients(
         config.kl_coef_form ** (1 - squeezed) * config.kl_coef_squeeze ** (squeezed - risen) * config.kl_coef**risen,
         config.switch_cost_start ** (1 - risen) * config.switch_cost**risen,
@@ -99,10 +147,17 @@ def coefficients_at(step: int, config: DiscoverConfig) -> Coefficients:
     )
 
 
+def _share(steps: int, duration: int) -> float:
+    """How much of a phase is over after `steps`; one that takes no time is over when it begins."""
+    return min(max(steps / duration, 0.0), 1.0) if duration else float(steps >= 0)
+
+
 def rate_at(step: int, config: DiscoverConfig) -> float:
-    """Learning-rate factor: 1 while codes form and are squeezed, then linearly from 2/3 to 0."""
-    learning = (step - config.form_steps - config.squeeze_steps) / max(config.switch_steps, 1)
-    return 1.0 if learning < 0 else 2 / 3 * (1 - learning)
+    """Learning-rate factor: 1 while codes form and are squeezed, then falling to zero as `decay` says."""
+    left = config.form_steps + config.squeeze_steps + config.switch_steps - step
+    if left > config.switch_steps or not config.decay:
+        return 1.0
+    return min(left / (config.decay * config.switch_steps), 1.0)
 
 
 def warn_of_collapse(metrics: dict[str, Any]) -> None:

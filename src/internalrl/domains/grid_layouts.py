@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from internalrl.errors import OptionError
+
 MOVES = ("up", "right", "down", "left")
 ACTIONS = len(MOVES)
 
 
 @dataclass(frozen=True)
 class GridConfig:
-    """Sizes of the grid world; the defaults are the paper's. ValueError where the objects cannot fit."""
+    """Sizes of the grid world; the defaults are the paper's. OptionError where the objects cannot fit."""
 
     size: int = 7
     """Cells along each side, 2 to 8 (a board is 64 bits)."""
@@ -30,16 +32,15 @@ class GridConfig:
 
     def __post_init__(self) -> None:
         if not 2 <= self.size <= 8:
-            raise ValueError(f"size is {self.size}; a grid has 2 to 8 cells a side (a board is 64 bits).")
-        if self.colors < 1 or self.walls < 0 or self.horizon < 1:
-            raise ValueError(
-                f"colors is {self.colors}, walls {self.walls}, horizon {self.horizon}; a grid needs at least "
-                "one colour, zero walls and one step."
-            )
-        if self.colors + self.walls + 1 > self.cells:
-            raise ValueError(
-                f"{self.colors} colours, {self.walls} walls and the agent do not fit on {self.size} × "
-                f"{self.size} = {self.cells} cells; use fewer objects or a larger size."
+            raise OptionError("size", f"is {self.size}; a grid has 2 to 8 cells a side (a board is 64 bits).")
+        for name, least in (("colors", 1), ("walls", 0), ("horizon", 1)):
+            if (value := getattr(self, name)) < least:
+                raise OptionError(name, f"is {value}; a grid needs at least one colour, zero walls and one step.")
+        if self.channels > self.cells:
+            raise OptionError(
+                "size",
+                f"is {self.size}; {self.colors} colours, {self.walls} walls and the agent do not fit on {self.size} × "
+                f"{self.size} = {self.cells} cells; use fewer objects or a larger size.",
             )
 
     @property

@@ -39,6 +39,7 @@ class InternalEnvironment(gymnasium.Env[Array, Array]):
         environment: any with flat Box or MultiBinary observations, and Discrete actions numbered from 0.
         code_bound: largest absolute value in a code; discovery makes codes resemble draws from N(0, I).
         temperature: of the base model's actions; 0 is greedy.
+        forget: cut the base model's context at every switch, as `train.reinforce` does by default.
 
     Raises:
         ValueError: environment and base model do not fit each other, or a code is not in the action space.
@@ -51,9 +52,11 @@ class InternalEnvironment(gymnasium.Env[Array, Array]):
         environment: gymnasium.Env[Any, Any],
         code_bound: float = 4.0,
         temperature: float = 0.0,
+        forget: bool = True,
     ) -> None:
         _require_fit(steered, environment)
-        self.steered, self.environment, self.temperature = steered, environment, temperature
+        self.steered, self.environment = steered, environment
+        self.temperature, self.forget = temperature, forget
         self.metadata, self.render_mode = environment.metadata, environment.render_mode
         meta = steered.metacontroller
         self.action_space = Box(-code_bound, code_bound, (meta.config.n_z,), np.float32)
@@ -69,7 +72,7 @@ class InternalEnvironment(gymnasium.Env[Array, Array]):
         observation, info = self.environment.reset(seed=seed, options=options)
         self._generator.manual_seed(int(self.np_random.integers(2**31)))
         self._observation = _row(observation)
-        self._decoding = self.steered.start(1)
+        self._decoding = self.steered.start(1, self.forget)
         return self.steered.peek(self._observation, self._decoding)[1].numpy()[0], info
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:

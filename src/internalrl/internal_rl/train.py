@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from internalrl.base.trajectory import save_trajectory_model
@@ -23,6 +22,7 @@ from internalrl.metacontroller.rollout import BatchEnvironment
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
 from internalrl.stages import ReinforceConfig
+from internalrl.streams import Stream
 
 Environments = Callable[[int], BatchEnvironment]
 """The batch of episodes of an iteration."""
@@ -33,11 +33,18 @@ RECENT = 5  # iterations whose mean success is compared with the target
 def main(config: ReinforceConfig, run: RunFolder) -> dict[str, Any]:
     """Reinforce the steered model of another run on a task; save base and adapter to `run`."""
     torch.manual_seed(run.seed)
-    steered = SteeredModel.from_pretrained(config.discovered / "base", config.discovered / "adapter")
+    steered = load_steered(config)
     summary = reinforce(make_agent(steered, config), grid_environments(steered, config, run.seed), config, run)
     save_trajectory_model(steered.base, run.path / "base")
     steered.save_pretrained(run.path / "adapter", {"reinforce": {"task": config.task, "seed": run.seed}})
     return summary
+
+
+def load_steered(config: ReinforceConfig) -> SteeredModel:
+    """The steered model of `config`; InternalRLError where there is none, ValueError if its grid has no such task."""
+    steered = SteeredModel.from_pretrained(config.discovered / "base", config.discovered / "adapter")
+    parse_task(config.task, steered.base.config.grid)
+    return steered
 
 
 def make_agent(steered: SteeredModel, config: ReinforceConfig) -> Agent:
@@ -56,7 +63,7 @@ def grid_environments(steered: SteeredModel, config: ReinforceConfig, seed: int)
     grid: GridConfig = steered.base.config.grid
     goal = parse_task(config.task, grid)
     return lambda iteration: GridBatch(
-        grid, sample_layouts(grid, config.batch_size, np.random.default_rng([seed, iteration, 4])), goal
+        grid, sample_layouts(grid, config.batch_size, Stream.REINFORCE.numpy(seed, iteration)), goal
     )
 
 
@@ -69,10 +76,10 @@ def reinforce(
 ) -> dict[str, Any]:
     """Play, score, improve: one iteration is one batch of episodes and a few passes of clipped policy gradient."""
     optimizer = torch.optim.Adam(agent.module.parameters(), lr=config.lr)
-    loop = Loop(run, stage, -(-config.episodes // config.batch_size), {"policy": agent.module}, {"adam": optimizer})
+    iterations = max(1, config.episodes // config.batch_size)  # whole batches: a last one must not pass the budget
+    loop = Loop(run, stage, iterations, {"policy": agent.module}, {"adam": optimizer})
     for iteration in loop:
-        generator = torch.Generator().manual_seed(run.seed * 1_000_003 + iteration)
-        result, decisions = agent.play(environments(iteration), generator)
+        result, decisions = agent.play(environments(iteration), Stream.REINFORCE.torch(run.seed, iteration))
         advantage = advantages(result.reward)
         for epoch in range(config.epochs if advantage.any() else 0):  # equal rewards: nothing to learn from
             log_prob = agent.log_prob(decisions)

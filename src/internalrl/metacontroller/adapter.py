@@ -3,7 +3,7 @@
     adapter_config.json          sizes, the base's fingerprint, how it was trained, the SHA-256 of the tensors
     adapter_model.safetensors    the metacontroller and, once there is one, the policy
 
-Nothing is pickled, and loading reads both files whole and checks them before it builds anything.
+Nothing is pickled, and loading reads both files whole and checks them before it makes use of anything.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
 import safetensors.torch
@@ -24,13 +23,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from internalrl.base.residual import ResidualTap
 from internalrl.configio import from_dict, to_dict
 from internalrl.errors import InternalRLError
 from internalrl.files import write_errors, write_together
+from internalrl.metacontroller.model import Metacontroller
+from internalrl.metacontroller.policy import Policy
+from internalrl.ranges import Checked, Range
 from internalrl.stages import MetacontrollerConfig
-
-if TYPE_CHECKING:
-    from internalrl.metacontroller.steered import SteeredModel
 
 METHOD = "internal-rl-1"
 """Version of the equations and of this format: it changes when old adapters would act differently."""
@@ -38,18 +38,21 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 
 # What a config says of its file or of the library, not of the function that the model computes.
-_CIRCUMSTANCES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+_CIRCUMSTANCES = (
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version",
+    "base_model_name_or_path", "inference_mode", "peft_version", "revision",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(Checked):
     """Content of adapter_config.json."""
 
     method: str
     """Always `METHOD`; another value is refused."""
     metacontroller: MetacontrollerConfig
     """The layer of the tap, as a number, and all sizes."""
-    policy_hidden: int | None
+    policy_hidden: Annotated[int | None, Range(1)]
     """Width of the policy's recurrent layer; null without a policy."""
     base_fingerprint: str
     """See `base_fingerprint`."""
@@ -61,21 +64,38 @@ class AdapterConfig:
     """How it was trained: stage -> whatever the stage wants remembered."""
 
 
+class Adapter(nn.Module):
+    """What is learned on top of a base: the metacontroller and, after internal RL, a policy; `tap` is where they act.
+
+    `provenance` tells how it was learned: stage -> whatever the stage wants remembered.
+    """
+
+    def __init__(self, base: PreTrainedModel, config: MetacontrollerConfig):
+        super().__init__()
+        self.tap = ResidualTap(base, config.layer)
+        self.metacontroller = Metacontroller(config, base.config.get_text_config().hidden_size)
+        self.policy: Policy | None = None
+        self.provenance: dict[str, Any] = {}
+
+
 _fingerprints: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
 def base_fingerprint(base: PreTrainedModel) -> str:
     """SHA-256 (64 hexadecimal digits) of a model's configuration and tensors: names, types, shapes, bytes.
 
-    Where it was loaded from and library versions do not count. Remembered until a tensor changes.
+    PEFT adapters that are loaded into it count; where it was loaded from and library versions do not. Remembered
+    until a tensor changes.
     """
     tensors = sorted(base.state_dict().items())
     versions = [(name, tensor.data_ptr(), tensor._version) for name, tensor in tensors]
     known, fingerprint = _fingerprints.get(base, (None, ""))
     if versions == known:
         return fingerprint
-    config = {k: v for k, v in base.config.to_diff_dict().items() if k not in _CIRCUMSTANCES}
-    digest = hashlib.sha256(json.dumps([type(base).__name__, config], sort_keys=True, default=str).encode())
+    configs = [base.config.to_diff_dict(), *(peft.to_dict() for peft in getattr(base, "peft_config", {}).values())]
+    configs = [{k: v for k, v in config.items() if k not in _CIRCUMSTANCES} for config in configs]
+    text = json.dumps([type(base).__name__, *configs], sort_keys=True, default=_plain)
+    digest = hashlib.sha256(text.encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
@@ -83,23 +103,27 @@ def base_fingerprint(base: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def save_adapter(steered: SteeredModel, folder: str | Path) -> None:
-    """Write the metacontroller, the policy if there is one, and the provenance of `steered` to `folder`.
+def _plain(value: Any) -> Any:
+    """What JSON does not know: sets in a fixed order, the rest as text."""
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def save_adapter(adapter: Adapter, base: PreTrainedModel, folder: str | Path) -> None:
+    """Write `adapter`, which belongs to `base`, to `folder`.
 
     An older adapter there is replaced when both new files are on the disk; a full disk raises InternalRLError
     and leaves it as it was.
     """
     folder = Path(folder)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in _adapter_tensors(steered).items()}
-    data = safetensors.torch.save(tensors)
+    data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in adapter.state_dict().items()})
     config = AdapterConfig(
         method=METHOD,
-        metacontroller=dataclasses.replace(steered.metacontroller.config, layer=steered.tap.layer),
-        policy_hidden=steered.policy.hidden if steered.policy is not None else None,
-        base_fingerprint=base_fingerprint(steered.base),
+        metacontroller=dataclasses.replace(adapter.metacontroller.config, layer=adapter.tap.layer),
+        policy_hidden=adapter.policy.hidden if adapter.policy is not None else None,
+        base_fingerprint=base_fingerprint(base),
         tensors_sha256=hashlib.sha256(data).hexdigest(),
         library_version=importlib.metadata.version("internalrl"),
-        provenance=steered.provenance,
+        provenance=adapter.provenance,
     )
     text = json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n"
     with write_errors(folder):
@@ -107,11 +131,11 @@ def save_adapter(steered: SteeredModel, folder: str | Path) -> None:
     write_together({folder / TENSOR_FILE: data, folder / CONFIG_FILE: text.encode()})
 
 
-def load_adapter(base: PreTrainedModel, folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Read the adapter in `folder`; the names of its tensors begin with `metacontroller.` and `policy.`.
+def load_adapter(base: PreTrainedModel, folder: str | Path) -> Adapter:
+    """The adapter in `folder`, which must have been trained on `base`.
 
-    Raises InternalRLError, naming the file, when it is missing, truncated, changed, of another version or
-    library, or was trained on a base other than `base`; the message then holds both fingerprints.
+    Raises InternalRLError, naming the file, when it is missing, truncated, changed, not of the sizes or the base
+    that its config tells, of another version, or of another library.
     """
     config = _read_config(Path(folder) / CONFIG_FILE)
     fingerprint = base_fingerprint(base)
@@ -120,22 +144,13 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> tuple[AdapterConf
             f"Adapter {folder} was trained on the base with fingerprint {config.base_fingerprint[:16]}, but "
             f"this {type(base).__name__} has {fingerprint[:16]}; load the base that it was trained on."
         )
-    file = Path(folder) / TENSOR_FILE
-    data = _read(file)
-    if hashlib.sha256(data).hexdigest() != config.tensors_sha256:
-        raise InternalRLError(
-            f"{file} is not the file that {CONFIG_FILE} was written with (the SHA-256 differ): it is "
-            "truncated, or was changed or exchanged; copy the adapter again or train it again."
-        )
-    try:
-        return config, safetensors.torch.load(data)
-    except (SafetensorError, ValueError) as error:
-        raise InternalRLError(f"{file} is no safetensors file ({error}); train the adapter again.") from error
-
-
-def put_tensors(steered: SteeredModel, tensors: Mapping[str, Tensor], folder: str | Path) -> None:
-    """Give `steered` the tensors that `load_adapter` read: all of them, or InternalRLError and none."""
-    own = _adapter_tensors(steered)
+    tensors = _read_tensors(Path(folder) / TENSOR_FILE, config.tensors_sha256)
+    with torch.device("meta"):  # shapes alone: the tensors come from the file, no random number is drawn
+        adapter = Adapter(base, config.metacontroller)
+        if config.policy_hidden is not None:
+            sizes = adapter.metacontroller.width, config.metacontroller.n_z, config.policy_hidden
+            adapter.policy = Policy(*sizes, initial_std=1.0)
+    own = adapter.state_dict()
     wrong = sorted(own.keys() ^ tensors.keys()) or [
         name for name, t in own.items() if (t.shape, t.dtype) != (tensors[name].shape, tensors[name].dtype)
     ]
@@ -144,11 +159,26 @@ def put_tensors(steered: SteeredModel, tensors: Mapping[str, Tensor], folder: st
             f"The tensors of adapter {folder} do not have the sizes in its {CONFIG_FILE} ({len(wrong)} "
             f"differ, the first is {wrong[0]}); restore the file as it was saved."
         )
-    steered.load_state_dict(dict(tensors), strict=False, assign=True)
+    adapter.load_state_dict(tensors, assign=True)
+    adapter.provenance = config.provenance
+    return adapter
 
 
-def _adapter_tensors(steered: SteeredModel) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in steered.state_dict().items() if not name.startswith("base.")}
+def _read_tensors(file: Path, sha256: str) -> dict[str, Tensor]:
+    data = _read(file)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise InternalRLError(
+            f"{file} is not the file that {CONFIG_FILE} was written with (the SHA-256 differ): it is "
+            "truncated, or was changed or exchanged; copy the adapter again or train it again."
+        )
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, ValueError) as error:
+        raise InternalRLError(f"{file} is no safetensors file ({error}); train the adapter again.") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InternalRLError(f"{file}: {name} holds numbers that are not finite; train the adapter again.")
+    return tensors
 
 
 def _read(file: Path) -> bytes:
@@ -163,7 +193,7 @@ def _read(file: Path) -> bytes:
 def _read_config(file: Path) -> AdapterConfig:
     try:
         values = json.loads(_read(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InternalRLError(f"{file} is no JSON ({error}); copy or train the adapter again.") from error
     method = values.get("method") if isinstance(values, dict) else None
     if method != METHOD:
@@ -171,9 +201,4 @@ def _read_config(file: Path) -> AdapterConfig:
             f"{file} is no adapter that this version can read: its method is {method!r}, expected "
             f"{METHOD!r}; use an adapter of this library, or the version that wrote it."
         )
-    config = from_dict(AdapterConfig, values, where=str(file))
-    sizes = {**dataclasses.asdict(config.metacontroller), "policy_hidden": config.policy_hidden}
-    for name, size in sizes.items():
-        if isinstance(size, int) and size < 1:
-            raise InternalRLError(f"{file}: {name} is {size}, expected 1 or more; restore the file as saved.")
-    return config
+    return from_dict(AdapterConfig, values, where=str(file))

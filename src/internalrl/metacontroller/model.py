@@ -1,8 +1,9 @@
 """Metacontroller: every equation of the method (arXiv 2512.20605, Eq 11–18 and appendix E), in one file.
 
 Departures from the paper, each measured in docs/log.md: the residual is normalised before the metacontroller
-reads it (the controller still acts on the raw residual); the first step always opens a segment; the controller
-is quadratic in the features of the code, so that U is never built.
+reads it (the controller still acts on the raw residual); the encoder reads slow features of what the base has
+inferred instead of the whole residual; the first step always opens a segment; the controller is quadratic in the
+features of the code, so that U is never built, and may add an offset.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from internalrl.errors import InternalRLError
 from internalrl.stages import MetacontrollerConfig
-
-FUTURE_HEADS = 8
 
 SwitchMode = Literal["soft", "gumbel", "straight-through", "hard"]
 
@@ -61,20 +61,29 @@ class Metacontroller(nn.Module):
     Args:
         config: sizes; see `MetacontrollerConfig`.
         width: n_e, the width of the residual stream.
+
+    Raises:
+        InternalRLError: more slow features are asked for than the stream has dimensions.
     """
 
     def __init__(self, config: MetacontrollerConfig, width: int):
         super().__init__()
+        if config.slow_features > width:
+            raise InternalRLError(
+                f"slow_features is {config.slow_features}, but the residual stream has {width} dimensions; give fewer."
+            )
         self.config, self.width = config, width
-        # f_enc and the summaries it reads: history h_t of e_1:t, sequence embedding s_t of e_t:T [Eq 12-15]
-        self.history = nn.GRU(width, config.n_h, batch_first=True)
-        self.future = nn.Linear(width, config.n_s)
-        self.event = nn.Linear(width, FUTURE_HEADS)
-        self.impatience = nn.Parameter(torch.linspace(-3.0, 1.0, FUTURE_HEADS))
-        into = nn.Linear(width + config.n_h + config.n_s, config.encoder_hidden)
+        # f_enc and the sequence embedding s_t of the slow features from t on [Eq 12-15]
+        self.slow: Tensor
+        self.slow_mean: Tensor
+        self.register_buffer("slow", torch.zeros(width, config.slow_features))
+        self.register_buffer("slow_mean", torch.zeros(width))
+        self.future = nn.Linear(config.horizon * (config.slow_features + 1), config.n_s)
+        into = nn.Linear(config.n_s, config.encoder_hidden)
         out = nn.Linear(config.encoder_hidden, 2 * config.n_z)
         self.encoder = nn.Sequential(into, nn.ReLU(), out)
-        # f_switch(e_t, h_{t-1}, z_{t-1}) [Eq 16]
+        # f_switch(e_t, h_{t-1}, z_{t-1}) with the history h_t of e_1:t [Eq 16]
+        self.history = nn.GRU(width, config.n_h, batch_first=True)
         self.switch_context = nn.Linear(width + config.n_h, config.switch_hidden)
         self.switch_code = nn.Linear(config.n_z, config.switch_hidden, bias=False)
         self.switch_head = nn.Linear(config.switch_hidden, 1)
@@ -98,7 +107,7 @@ class Metacontroller(nn.Module):
         """Parameters of the named parts: "history", "encoder", "switch", "controller"."""
         prefixes = {
             "history": ("history",),
-            "encoder": ("encoder", "future", "event", "impatience"),
+            "encoder": ("encoder", "future"),
             "switch": ("switch",),
             "controller": ("features", "down", "offset", "up"),
         }
@@ -108,40 +117,56 @@ class Metacontroller(nn.Module):
     # -- what it reads ------------------------------------------------------------------------------------
 
     def read(self, residual: Tensor) -> Tensor:
-        """The residual as the metacontroller's networks see it: unit scale, any depth (…, n_e)."""
-        return F.layer_norm(residual, (self.width,))
+        """The residual as the metacontroller's networks see it: their precision, unit scale, any depth (…, n_e)."""
+        return F.layer_norm(residual.to(self.down.dtype), (self.width,))
 
-    def summarise(self, x: Tensor) -> Tensor:
-        """h_{t-1} for every t: (B, T, n_h), zero at the first step."""
-        history, _ = self.history(x)
-        return F.pad(history[:, :-1], (0, 0, 1, 0))
-
-    def embed_future(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Sequence embedding s (B, T, n_s): each step attends to the events of its own future, the nearest first.
-
-        A head weighs e_t' for t' ≥ t by how much of an event it is and how soon it comes, so what is to be reached
-        can be read from s, while the order of the moves that lead there cannot: a code that knew that order would
-        be worth its rate without naming a subgoal.
-        """
-        steps = torch.arange(x.shape[1], device=x.device)
-        ahead = steps - steps[:, None]  # (from, to)
-        score = self.event(x)[:, None] - F.softplus(self.impatience) * ahead[..., None]  # (B, from, to, heads)
-        hidden = (ahead < 0) | ~mask[:, None]
-        hidden &= ahead != 0  # a padded step sees itself, so that no row is empty
-        weight = score.masked_fill(hidden[..., None], -torch.inf).softmax(2)
-        value = self.future(x).unflatten(-1, (FUTURE_HEADS, -1))
-        return torch.einsum("bfth,bthn->bfhn", weight, value).flatten(2)
-
-    def propose(self, x: Tensor, before: Tensor, mask: Tensor) -> Proposals:
-        """Acausal posterior over codes at every step [Eq 12–15].
+    def remember(self, x: Tensor, before: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """h_t for every t, (B, T, n_h).
 
         Args:
-            x: (B, T, n_e) from `read`; before: (B, T, n_h) from `summarise`; mask: (B, T), True at real steps.
+            x: (B, T, n_e) from `read`; before: (B, n_h), the history before the first step, zero by default.
+            mask: (B, T), True at real steps; the others leave the history as it was.
         """
-        future = self.embed_future(x, mask)
-        mean, log_std = self.encoder(torch.cat([x, before, future], -1)).chunk(2, -1)
+        if before is None:
+            before = x.new_zeros(len(x), self.config.n_h)
+        if mask is None:
+            return self.history(x, before[None])[0]
+        real_first = (~mask).byte().argsort(stable=True, dim=1)  # then the GRU need not know of the others
+        history, _ = self.history(x.gather(1, real_first[..., None].expand_as(x)), before[None])
+        history = torch.cat([before[:, None], history], 1)
+        return history.gather(1, mask.cumsum(1)[..., None].expand(-1, -1, self.config.n_h))
+
+    def summarise(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """h_{t-1} for every t: (B, T, n_h), zero at the first real step; `mask` as in `remember`."""
+        return F.pad(self.remember(x, mask=mask)[:, :-1], (0, 0, 1, 0))
+
+    def slow_features(self, inferred: Tensor) -> Tensor:
+        """What persists of what the base has inferred: (B, T, n_e) from `SteeredModel.inferred` -> (B, T, k).
+
+        The projection is found without labels, before discovery, by `discovery.slow`.
+        """
+        return (self.read(inferred) - self.slow_mean) @ self.slow
+
+    def embed_future(self, slow: Tensor, mask: Tensor) -> Tensor:
+        """Sequence embedding s (B, T, n_s) of the slow features (B, T, k) at t and the next `horizon` − 1 steps."""
+        real = mask.to(slow.dtype)[..., None]
+        ahead = F.pad(torch.cat([slow * real, real], -1), (0, 0, 0, self.config.horizon - 1))
+        return F.relu(self.future(ahead.unfold(1, self.config.horizon, 1).flatten(2)))
+
+    def propose(self, slow: Tensor, mask: Tensor, noise: bool = True) -> Proposals:
+        """Acausal posterior over codes at every step [Eq 12–15].
+
+        It sees the slow features of the present and the future, and nothing else: a code can then say what the base
+        will come to believe, but neither what it believed before nor which moves lead there. It means the same after
+        every history, and a rate spent on anything but the subgoal buys nothing.
+
+        Args:
+            slow: (B, T, k) from `slow_features`; mask: (B, T), True at real steps.
+            noise: False samples the means, and draws no random number.
+        """
+        mean, log_std = self.encoder(self.embed_future(slow, mask)).chunk(2, -1)
         std = log_std.clamp(-5, 2).exp()
-        return Proposals(mean, std, mean + std * torch.randn_like(std))
+        return Proposals(mean, std, mean + std * torch.randn_like(std) if noise else mean)
 
     # -- when it switches ---------------------------------------------------------------------------------
 
@@ -172,6 +197,15 @@ class Metacontroller(nn.Module):
             logits.append(logit)
         return Segmentation(torch.stack(codes, 1), torch.stack(switches, 1), torch.stack(logits, 1))
 
+    def parse(self, residual: Tensor, slow: Tensor, mask: Tensor) -> tuple[Segmentation, Proposals]:
+        """Sequences as the metacontroller itself cuts and codes them: hard switches, the posterior's mean codes.
+
+        Args:
+            residual: (B, T, n_e); slow: (B, T, k) from `slow_features`; mask: (B, T), True at real steps.
+        """
+        x, proposals = self.read(residual), self.propose(slow, mask, noise=False)
+        return self.segment(x, self.summarise(x), proposals.sample, "hard"), proposals
+
     def hold(self, x: Tensor, before: Tensor, proposal: Tensor, switch: Tensor) -> Segmentation:
         """`segment` for a switch that is given, (B, T) of zeros and ones: no loop over time is needed."""
         code = held_code(proposal, switch)
@@ -185,20 +219,22 @@ class Metacontroller(nn.Module):
         """Write-back e + U(z) e with U = up · down of rank r; no (n_e, n_e) matrix is built [Eq 17, 18].
 
         Args:
-            residual: (…, n_e); code: (…, n_z). Returns (…, n_e).
+            residual: (…, n_e); code: (…, n_z). Returns (…, n_e) of the residual's type; what is added is computed
+            in the metacontroller's own precision.
         """
-        f = F.pad(F.relu(self.features(code)), (0, 1), value=1.0).to(residual.dtype)
-        inner = (residual @ self.down + self.offset).unflatten(-1, (self.config.rank, -1))
+        f = F.pad(F.relu(self.features(code)), (0, 1), value=1.0)
+        inner = (residual.to(self.down.dtype) @ self.down + self.offset).unflatten(-1, (self.config.rank, -1))
         inner = torch.einsum("...rk,...k->...r", inner, f)
-        return residual + torch.einsum("...r,...k->...rk", inner, f).flatten(-2) @ self.up
+        change = torch.einsum("...r,...k->...rk", inner, f).flatten(-2) @ self.up
+        return residual + change.to(residual.dtype)
 
     # -- one step at a time -------------------------------------------------------------------------------
 
     def start(self, batch: int, device: torch.device | str = "cpu") -> MetacontrollerState:
         """State before the first step of `batch` sequences."""
         return MetacontrollerState(
-            torch.zeros(batch, self.config.n_h, device=device),
-            torch.zeros(batch, self.config.n_z, device=device),
+            torch.zeros(batch, self.config.n_h, dtype=self.down.dtype, device=device),
+            torch.zeros(batch, self.config.n_z, dtype=self.down.dtype, device=device),
             torch.zeros(batch, dtype=torch.bool, device=device),
         )
 

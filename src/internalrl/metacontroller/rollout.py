@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internalrl.metacontroller.steered import Propose, SteeredModel
+from internalrl.metacontroller.codes import Propose
+from internalrl.metacontroller.steered import SteeredModel
 
 
 class BatchEnvironment(Protocol):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,193 +11,243 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from internalrl.base.residual import ResidualTap
-from internalrl.base.trajectory import TrajectoryCache, load_trajectory_model
-from internalrl.metacontroller.adapter import load_adapter, put_tensors, save_adapter
-from internalrl.metacontroller.model import Metacontroller, MetacontrollerState
+from internalrl.base.loading import Base, load_base
+from internalrl.base.residual import ResidualTap, Steer
+from internalrl.errors import InternalRLError
+from internalrl.metacontroller import decoding, generation
+from internalrl.metacontroller.adapter import Adapter, load_adapter, save_adapter
+from internalrl.metacontroller.codes import Propose
+from internalrl.metacontroller.decoding import Decoding, Step
+from internalrl.metacontroller.model import Metacontroller
 from internalrl.metacontroller.policy import Policy
+from internalrl.metacontroller.steering import Share
 from internalrl.stages import MetacontrollerConfig
 
-Propose = Callable[[Tensor, Tensor], Tensor]
-"""Which code next? (rows that switch (S,), what they read (S, n_e)) -> codes (S, n_z)."""
-
-
-@dataclass
-class Step:
-    """One decoded step: action `logits` (B, A), `switch` (B,) bool, `switch_logit` (B,), `code` (B, n_z)."""
-
-    logits: Tensor
-    switch: Tensor
-    switch_logit: Tensor
-    code: Tensor
-
-
-@dataclass
-class Decoding:
-    """State of a batch decoded step by step: the base's cache, the metacontroller's state, the segments."""
-
-    cache: TrajectoryCache | None
-    state: MetacontrollerState
-    segments: Tensor | None
-    switched: Tensor | None = None
-
-    def continued_segments(self) -> Tensor | None:
-        """Segment numbers (B, past + 1) with one more step: what `step` will let it see.
-
-        A step at which the switch fired stands alone: what it saw, it saw from the segment before.
-        """
-        if self.segments is None:
-            return None
-        if self.switched is None:
-            return self.segments.new_zeros(len(self.segments), 1)
-        return torch.cat([self.segments, self.segments[:, -1:] + self.switched[:, None]], 1)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only `rows` (index tensor)."""
-        if self.cache is not None:
-            self.cache.select(rows)
-        self.state = self.state.select(rows)
-        if self.segments is not None:
-            self.segments = self.segments[rows]
-        if self.switched is not None:
-            self.switched = self.switched[rows]
+__all__ = ["Decoding", "Propose", "SteeredModel", "Step"]
 
 
 class SteeredModel(nn.Module):
     """The base model, frozen, with U(z_t) e_t added to its residual stream after block `layer`.
 
-    What is learned on top of the base, its adapter, is `metacontroller` and, after internal RL, `policy`;
-    `provenance` tells how: stage -> whatever it wants remembered.
+    What is learned on top of the base is an adapter: a metacontroller and, after internal RL, a policy. A base can
+    carry several, by name; `metacontroller`, `policy`, `tap` and `provenance` are those of the active one.
+
+    Args:
+        base: a causal language model or a `TrajectoryModel`; it is frozen, and is shared, not copied.
+        adapter: the first adapter, or the sizes of a new one.
+        name: what it is called.
     """
 
-    def __init__(self, base: PreTrainedModel, config: MetacontrollerConfig):
+    generate = generation.generate
+    start, step, peek = decoding.start, decoding.step, decoding.peek
+
+    def __init__(self, base: PreTrainedModel, adapter: Adapter | MetacontrollerConfig, name: str = "default"):
         super().__init__()
         self.base = base.requires_grad_(False).eval()
-        self.tap = ResidualTap(base, config.layer)
-        self.metacontroller = Metacontroller(config, base.config.hidden_size)
-        self.policy: Policy | None = None
-        self.provenance: dict[str, Any] = {}
+        self.adapters = nn.ModuleDict()
+        self.active, self.enabled = name, True
+        self._add(name, adapter if isinstance(adapter, Adapter) else Adapter(base, adapter))
 
     @classmethod
-    def from_base(cls, base: PreTrainedModel | str | Path, config: MetacontrollerConfig) -> SteeredModel:
-        """A new metacontroller on `base`: a model, or the folder of a saved `TrajectoryModel`."""
-        return cls(base if isinstance(base, PreTrainedModel) else load_trajectory_model(base), config)
+    def from_base(cls, base: Base, config: MetacontrollerConfig) -> SteeredModel:
+        """A new metacontroller on `base`: a model, or the folder of a saved one; see `load_base`."""
+        return cls(load_base(base), config)
 
     @classmethod
-    def from_pretrained(cls, base: PreTrainedModel | str | Path, folder: str | Path) -> SteeredModel:
-        """The adapter in `folder` on the base it was trained on; InternalRLError says what does not fit.
-
-        Args:
-            base: the model, or the folder of a saved `TrajectoryModel`.
-        """
-        base = base if isinstance(base, PreTrainedModel) else load_trajectory_model(base)
-        config, tensors = load_adapter(base, folder)
-        with torch.device("meta"):  # shapes alone: the tensors come from the file, no random number is drawn
-            steered = cls(base, config.metacontroller)
-            if config.policy_hidden is not None:
-                sizes = steered.metacontroller.width, config.metacontroller.n_z, config.policy_hidden
-                steered.policy = Policy(*sizes, initial_std=1.0)
-        put_tensors(steered, tensors, folder)
-        steered.provenance = config.provenance
-        return steered
+    def from_pretrained(cls, base: Base, folder: str | Path, name: str = "default") -> SteeredModel:
+        """The adapter in `folder` on the base it was trained on; InternalRLError says what does not fit."""
+        base = load_base(base)
+        return cls(base, load_adapter(base, folder), name)
 
     def save_pretrained(self, folder: str | Path, provenance: dict[str, Any] | None = None) -> None:
-        """Write the adapter, not the base, to `folder`; see `adapter.save_adapter`.
+        """Write the active adapter, not the base, to `folder`; see `adapter.save_adapter`.
 
         Args:
             provenance: added to what is known of earlier stages.
         """
-        self.provenance = {**self.provenance, **(provenance or {})}
-        save_adapter(self, folder)
+        self.adapter.provenance = {**self.provenance, **(provenance or {})}
+        save_adapter(self.adapter, self.base, folder)
+
+    # -- adapters -----------------------------------------------------------------------------------------
+
+    def load_adapter(self, folder: str | Path, name: str) -> None:
+        """Read one more adapter of this base and call it `name`; `set_adapter` makes it the active one."""
+        self._add(name, load_adapter(self.base, folder))
+
+    def set_adapter(self, name: str) -> None:
+        """Make `name` the active adapter."""
+        self._named(name)
+        self.active = name
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter that is not the active one."""
+        self._named(name)
+        if name == self.active:
+            raise InternalRLError(f"Adapter {name!r} is the active one; call set_adapter with another name first.")
+        del self.adapters[name]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """While open, `forward` and `generate` are the bare base's."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @property
+    def adapter(self) -> Adapter:
+        """The active adapter."""
+        return self._named(self.active)
+
+    @property
+    def metacontroller(self) -> Metacontroller:
+        return self.adapter.metacontroller
+
+    @property
+    def policy(self) -> Policy | None:
+        return self.adapter.policy
+
+    @policy.setter
+    def policy(self, policy: Policy | None) -> None:
+        self.adapter.policy = policy
+
+    @property
+    def tap(self) -> ResidualTap:
+        return self.adapter.tap
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self.adapter.provenance
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)  # torch would register a module under the name, past its setter
+        else:
+            super().__setattr__(name, value)
+
+    def _add(self, name: str, adapter: Adapter) -> None:
+        if name in self.adapters:
+            raise InternalRLError(f"There is an adapter {name!r} already; choose another name, or delete it first.")
+        device = next(adapter.tap.blocks[adapter.tap.layer - 1].parameters()).device
+        try:
+            self.adapters[name] = adapter.to(device)
+        except KeyError as error:  # torch's rules for names
+            raise InternalRLError(f"{name!r} cannot name an adapter ({error}); choose a plain word.") from error
+
+    def _named(self, name: str) -> Adapter:
+        if name not in self.adapters:
+            raise InternalRLError(f"There is no adapter {name!r}; known are {', '.join(self.adapters)}.")
+        adapter = self.adapters[name]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    # -- the steered forward ------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> SteeredModel:
-        """Training mode for the metacontroller alone: the frozen base never drops units out."""
+        """Training mode for the adapters alone: the frozen base never drops units out."""
         super().train(mode)
         self.base.eval()
         return self
 
-    @torch.no_grad()
-    def residual(self, observations: Tensor, segments: Tensor | None = None) -> Tensor:
-        """The residual stream (B, T, n_e) at the tap; the upper blocks are not computed."""
-        return self.tap.read(self.base, observations=observations, segments=segments)
+    @contextmanager
+    def open_taps(self, *parts: tuple[ResidualTap, Steer]) -> Iterator[None]:
+        """While open, forward passes of the base continue, at each tap, from what its function makes of e.
 
-    def forward(self, residual: Tensor, code: Tensor, **inputs: Any) -> Tensor:
-        """Action logits (B, T, A) of the base continued from `residual`, steered by `code` (B, T, n_z)."""
-        with (
-            self.tap.skipping_lower_blocks(residual),
-            self.tap.steering(lambda e: self.metacontroller.control(e, code)),
-        ):
-            return self.base(inputs_embeds=residual, **inputs).logits
-
-    def start(self, batch: int, forget: bool = False) -> Decoding:
-        """A fresh decoding of `batch` sequences; with `forget`, a segment sees nothing from before it."""
-        state = self.metacontroller.start(batch)
-        return Decoding(None, state, torch.zeros(batch, 0, dtype=torch.long) if forget else None)
+        The functions compute in their own precision, also where the base runs under autocast.
+        """
+        if parts and getattr(self.base, "_compiled_call_impl", None) is not None:
+            raise InternalRLError(
+                "The base was compiled in place, and torch.compile does not see the tap; load it anew, uncompiled."
+            )
+        with ExitStack() as stack:
+            for tap, steer in parts:
+                stack.enter_context(tap.steering(_without_autocast(steer)))
+            yield
 
     @torch.no_grad()
-    def step(self, observations: Tensor, decoding: Decoding, propose: Propose) -> Step:
-        """Decode one step for every row: read e_t, switch where β fires, ask for new codes there, steer.
+    def residual(self, inputs: Tensor, segments: Tensor | None = None, **more: Any) -> Tensor:
+        """The residual stream (B, T, n_e) at the tap; the upper blocks are not computed.
 
         Args:
-            observations: (B, observation_size).
-            decoding: from `start`; advanced in place.
-            propose: asked for a code at every switch.
+            inputs: tokens (B, T), or observations (B, T, observation_size); `segments` goes with these.
+            more: as the base takes it, such as attention_mask.
         """
-        meta, before = self.metacontroller, decoding.state
-        taken: dict[str, Tensor] = {}
-
-        def steer(residual: Tensor) -> Tensor:
-            x = meta.read(residual[:, -1])
-            switch, logit, history = meta.advance(x, before)
-            code, rows = before.code, switch.nonzero().squeeze(-1)
-            if len(rows):
-                code = code.index_copy(0, rows, propose(rows, x[rows]))
-            taken.update(switch=switch, switch_logit=logit, code=code)
-            decoding.state = MetacontrollerState(history, code, torch.ones_like(switch))
-            return meta.control(residual, code[:, None])
-
-        decoding.segments = decoding.continued_segments()  # until the switch says otherwise
-        with self.tap.steering(steer):
-            output = self.base(
-                observations[:, None],
-                past_key_values=decoding.cache,
-                use_cache=True,
-                segments=decoding.segments,
-            )
-        decoding.cache = output.past_key_values
-        result = Step(output.logits[:, -1], **taken)
-        if decoding.segments is not None:
-            decoding.switched = result.switch & before.started
-            self._forget(observations, decoding, decoding.switched.nonzero().squeeze(-1), result)
-        return result
+        if segments is not None:
+            more["segments"] = segments
+        return self.tap.read(self.base, **{self.base.main_input_name: inputs}, use_cache=False, **more)
 
     @torch.no_grad()
-    def peek(self, observations: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
-        """What `step` on the same arguments will see: β (B,) bool and the normalised residual (B, n_e).
+    def inferred(self, observations: Tensor, residual: Tensor) -> Tensor:
+        """What the past adds to the `residual` (B, T, n_e): its difference from that of every step seen alone.
 
-        `decoding` is left as it was, and the upper blocks are not computed.
+        It holds what the base has inferred, its belief about the hidden subgoal above all, and little of what the
+        present observation shows by itself. Both sides start from the same embeddings, so what an encoder keeps of
+        the step before is no inference. For a `TrajectoryModel` whose attention is masked by `segments`.
         """
-        cache = decoding.cache
-        length = 0 if cache is None else cache.length
-        residual = self.tap.read(
-            self.base,
-            observations=observations[:, None],
-            past_key_values=cache,
-            use_cache=True,
-            segments=decoding.continued_segments(),
-        )
-        if cache is not None:
-            cache.rewind(length)
-        x = self.metacontroller.read(residual[:, -1])
-        return self.metacontroller.advance(x, decoding.state)[0], x
+        alone = torch.arange(residual.shape[1], device=residual.device).expand(residual.shape[:2])
+        embeddings, _ = self.base.encoder(observations)
+        return residual - self.tap.read(self.base, inputs_embeds=embeddings, segments=alone)
 
-    def _forget(self, observations: Tensor, decoding: Decoding, rows: Tensor, result: Step) -> None:
-        """Act in `rows`, which switched, as if the sequence began here; later steps will not see even this one."""
-        if not len(rows):
-            return
-        assert decoding.segments is not None
-        state = decoding.state
-        decoding.segments[rows, -1] += 1
-        state.history[rows] = 0
-        with self.tap.steering(lambda residual: self.metacontroller.control(residual, state.code[rows, None])):
-            result.logits[rows] = self.base(observations[rows, None]).logits[:, -1]
+    def forward(
+        self,
+        residual: Tensor | None = None,
+        code: Tensor | None = None,
+        where: Tensor | None = None,
+        adapter_names: Sequence[str | None] | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """The base's forward pass, steered.
+
+        From tokens, `steered(input_ids=..., attention_mask=..., ...)`, it takes and returns what the base does. From
+        a `residual` (B, T, n_e) at the active tap it computes the upper blocks alone and returns the logits (B, T, A).
+
+        Args:
+            code: in force, (n_z,), (B, n_z) or (B, T, n_z). None lets the adapters decide, step by step from the
+                first one on: their switch, and codes from their policy or, without one, from N(0, I).
+            where: (B, T) bool, the steps at which `code` steers; None is all of them.
+            adapter_names: the adapter of each row, None for the bare base; by default the active one is everyone's.
+            inputs: as the base takes them.
+        """
+        entry = inputs.get(self.base.main_input_name) if residual is None else residual
+        if entry is None or not (residual is None or residual.is_floating_point()):
+            raise InternalRLError(f"forward was given no {self.base.main_input_name}; pass the inputs by their names.")
+        if residual is not None and adapter_names is not None:
+            raise InternalRLError("A residual belongs to the active adapter's tap; with adapter_names, give tokens.")
+        shares = self.shares(len(entry), adapter_names)
+        if code is not None:
+            steers: list[Steer] = [share.given(code, where) for share in shares]
+        else:
+            steers = generation.deciding(shares, len(entry), inputs)
+        parts = [share.at_tap(steer) for share, steer in zip(shares, steers, strict=True)]
+        if residual is None:
+            with self.open_taps(*parts):
+                return self.base(**inputs)
+        with self.tap.skipping_lower_blocks(residual), self.open_taps(*parts):
+            # a copy, since some models scale their embeddings in place
+            return self.base(inputs_embeds=residual.clone(), use_cache=False, **inputs).logits
+
+    def shares(self, batch: int, adapter_names: Sequence[str | None] | None = None) -> list[Share]:
+        """Which adapter steers which rows of a batch; nothing while adapters are disabled.
+
+        Args:
+            adapter_names: one per row, None for the bare base; by default the active one is everyone's.
+        """
+        if adapter_names is None:
+            return [Share(self.adapter, None)] if self.enabled else []
+        if len(adapter_names) != batch:
+            raise InternalRLError(f"There are {len(adapter_names)} adapter_names for {batch} rows; name one per row.")
+        shares = []
+        for name in dict.fromkeys(adapter_names):
+            if name is not None and self.enabled:
+                rows = [row for row, own in enumerate(adapter_names) if own == name]
+                shares.append(Share(self._named(name), torch.tensor(rows, device=self.base.device)))
+        return shares
+
+
+def _without_autocast(steer: Steer) -> Steer:
+    def steer_precisely(residual: Tensor) -> Tensor:
+        with torch.autocast(residual.device.type, enabled=False):
+            return steer(residual)
+
+    return steer_precisely

@@ -1,0 +1,125 @@
+"""Decoding step by step, for environments: `SteeredModel.start`, `step` and `peek`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from internalrl.base.trajectory import TrajectoryCache
+from internalrl.metacontroller.codes import Propose, asking
+from internalrl.metacontroller.model import MetacontrollerState
+from internalrl.metacontroller.steering import Steering
+
+if TYPE_CHECKING:
+    from internalrl.metacontroller.steered import SteeredModel
+
+
+@dataclass
+class Step:
+    """One decoded step: action `logits` (B, A), `switch` (B,) bool, `switch_logit` (B,), `code` (B, n_z)."""
+
+    logits: Tensor
+    switch: Tensor
+    switch_logit: Tensor
+    code: Tensor
+
+
+@dataclass
+class Decoding:
+    """State of a batch decoded step by step: the base's cache, the metacontroller's state, the segments."""
+
+    cache: TrajectoryCache | None
+    state: MetacontrollerState
+    segments: Tensor | None
+    switched: Tensor | None = None  # with `segments`, the rows whose switch fired in the last step
+
+    def continued_segments(self) -> Tensor | None:
+        """Segment numbers (B, past + 1) with one more step: what `step` will let it see.
+
+        A step at which the switch fired stands alone: what it saw, it saw from the segment before.
+        """
+        if self.segments is None:
+            return None
+        if self.switched is None:
+            return self.segments.new_zeros(len(self.segments), 1)
+        return torch.cat([self.segments, self.segments[:, -1:] + self.switched[:, None]], 1)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only `rows` (index tensor)."""
+        if self.cache is not None:
+            self.cache.select(rows)
+        self.state = self.state.select(rows)
+        if self.segments is not None:
+            self.segments = self.segments[rows]
+        if self.switched is not None:
+            self.switched = self.switched[rows]
+
+
+def start(self: SteeredModel, batch: int, forget: bool = False) -> Decoding:
+    """A fresh decoding of `batch` sequences; with `forget`, a segment sees nothing from before it."""
+    state = self.metacontroller.start(batch)
+    return Decoding(None, state, torch.zeros(batch, 0, dtype=torch.long) if forget else None)
+
+
+@torch.no_grad()
+def step(self: SteeredModel, observations: Tensor, decoding: Decoding, propose: Propose) -> Step:
+    """Decode one step for every row: read e_t, switch where β fires, ask for new codes there, steer.
+
+    Args:
+        observations: (B, observation_size).
+        decoding: from `start`; advanced in place.
+        propose: asked for a code at every switch.
+    """
+    before = decoding.state
+    steering = Steering(self.metacontroller, asking(propose), before, fresh=decoding.switched)
+    decoding.segments = decoding.continued_segments()  # until the switch says otherwise
+    with self.open_taps((self.tap, steering)):
+        output = self.base(
+            observations[:, None],
+            past_key_values=decoding.cache,
+            use_cache=True,
+            segments=decoding.segments,
+        )
+    decoding.cache, decoding.state = output.past_key_values, steering.state
+    result = Step(output.logits[:, -1], steering.switch[0], steering.logit[0], steering.code[0])
+    if decoding.segments is not None:
+        decoding.switched = result.switch & before.started
+        _forget(self, observations, decoding, decoding.switched.nonzero().squeeze(-1), result)
+    return result
+
+
+@torch.no_grad()
+def peek(self: SteeredModel, observations: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
+    """What `step` on the same arguments will see: β (B,) bool and the normalised residual (B, n_e).
+
+    `decoding` is left as it was, and the upper blocks are not computed.
+    """
+    cache = decoding.cache
+    length = 0 if cache is None else cache.length
+    residual = self.tap.read(
+        self.base,
+        observations=observations[:, None],
+        past_key_values=cache,
+        use_cache=True,
+        segments=decoding.continued_segments(),
+    )
+    if cache is not None:
+        cache.rewind(length)
+    x = self.metacontroller.read(residual[:, -1])
+    switch, _, _ = self.metacontroller.advance(x, decoding.state)
+    return (switch if decoding.switched is None else switch & ~decoding.switched), x
+
+
+def _forget(self: SteeredModel, observations: Tensor, decoding: Decoding, rows: Tensor, result: Step) -> None:
+    """Act in `rows`, which switched, as if the sequence began here; later steps will not see even this one."""
+    if not len(rows):
+        return
+    assert decoding.segments is not None
+    state = decoding.state
+    decoding.segments[rows, -1] += 1
+    state.history[rows] = 0
+    with self.open_taps((self.tap, lambda residual: self.metacontroller.control(residual, state.code[rows, None]))):
+        result.logits[rows] = self.base(observations[rows, None]).logits[:, -1]
