@@ -3,10 +3,11 @@
     python benchmarks/discovery_step.py [--repeats R] [--output FILE]
 
 Each repeat draws one batch of demonstrations and times on it, one after the other: the base's forward and backward
-pass from its observations; one optimiser step of discovery with random switches; one with the counterfactual
-gradient of the switch; and reading the lower half's residuals, which discovery does once per cached batch. Ratios are
-taken within a repeat. `whole_run` weighs the parts as a run with the default settings does, the reading included.
-Weights are untrained: they do not change what is computed.
+pass from its observations; one optimiser step of discovery with random switches; one with the counterfactual gradient
+of the switch; reading a cached batch, that is residuals and slow features; and cutting it into segments. Ratios are
+taken within a repeat. `whole_run` weighs the parts as a run with the default settings does: every cached batch is
+read at the start, and again, whole and then cropped, when crops move to the learned switches. Weights are untrained:
+they do not change what is computed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ def base_pass(steered: SteeredModel, batch: Batch) -> None:
     action_nll(logits, batch.actions, batch.mask).backward()
 
 
+@torch.no_grad()
+def parse(steered: SteeredModel, episodes: Episodes) -> None:
+    """What finding the learned switches costs beyond reading."""
+    steered.metacontroller.parse(episodes.residual, episodes.slow, episodes.mask)
+
+
 def parts(
     steered: SteeredModel, optimizer: torch.optim.Optimizer, config: DiscoverConfig, batch: Batch
 ) -> dict[str, Callable[[], Any]]:
@@ -63,7 +70,8 @@ def parts(
         "base_forward_backward": lambda: base_pass(steered, batch),
         "random_switch": lambda: discovery_step(config.random_switch),
         "counterfactual": lambda: discovery_step(None),
-        "read_residuals": lambda: steered.residual(batch.observations),
+        "read": lambda: Episodes.of(steered, batch),
+        "parse": lambda: parse(steered, episodes),
     }
 
 
@@ -105,7 +113,8 @@ def main() -> None:
 
     seconds = {name: np.array(values) for name, values in measured.items()}
     steps = {"random_switch": config.form_steps + config.squeeze_steps, "counterfactual": config.switch_steps}
-    whole = sum(count * seconds[name] for name, count in steps.items()) + config.batches * seconds["read_residuals"]
+    schedule = {**steps, "read": 3 * config.batches, "parse": config.batches}
+    whole = sum(count * seconds[name] for name, count in schedule.items())
     base = seconds["base_forward_backward"]
     ratio = {name: spread(seconds[name] / base) for name in steps}
     result = {
@@ -115,7 +124,7 @@ def main() -> None:
         "seed": 1,
         "batch_size": config.batch_size,
         "padded_steps": spread(np.array(lengths)),
-        "schedule": {**steps, "read_residuals": config.batches},
+        "schedule": schedule,
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "ratio": {**ratio, "whole_run": spread(whole / sum(steps.values()) / base)},
         **environment(),

@@ -59,6 +59,12 @@ def collect(seeds: list[int]) -> dict[str, Any]:
     from internalrl.runlog import environment
 
     runs = {str(seed): json.loads((RUNS / f"seed-{seed}" / "summary.json").read_text()) for seed in seeds}
+    for seed, run in runs.items():
+        lines = [json.loads(line) for line in (RUNS / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()]
+        run["success_per_iteration"] = {
+            stage: [round(line["success"], 4) for line in lines if line["stage"] == stage]
+            for stage in ("reinforce", "raw-action")
+        }
     keys = [k for k, v in next(iter(runs.values())).items() if isinstance(v, int | float)]
     spread = {}
     for key in keys:

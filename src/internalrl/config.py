@@ -54,6 +54,7 @@ _PAPER: Mapping[str, Mapping[str, Any]] = {
         "lr": 3e-5,
         "initial_std": 1.0,
         "policy_hidden": 256,
+        "forget": False,
     },
 }
 """The paper's sizes, optimiser and schedules (C.1, C.4, C.5); the backbone's MLP stays gated."""

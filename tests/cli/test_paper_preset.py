@@ -24,7 +24,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of this size take minutes to be measured on thousands of episodes."""
     held_out, pass_rates = train.held_out, train.pass_rates
     monkeypatch.setattr(pretrain, "evaluate", partial(pretrain.evaluate, episodes=FEW))
-    monkeypatch.setattr(train, "held_out", lambda grid, size, seed: held_out(grid, FEW, seed))
+    monkeypatch.setattr(train, "held_out", lambda grid, size, seed, *stream: held_out(grid, FEW, seed, *stream))
     monkeypatch.setattr(train, "pass_rates", lambda steered, grid, size, seed: pass_rates(steered, grid, FEW, seed))
 
 

@@ -166,8 +166,23 @@ def test_forgetting_is_each_segment_alone(steered: SteeredModel, observations: T
             close(again.switch_logit[0, 1:], decoded.switch_logit[row, begin + 1 : end])
 
 
+def test_a_fresh_context_does_not_fire(steered: SteeredModel, observations: Tensor) -> None:
+    """A switch that is always open fires at every other step once it is made to forget: at the first two, since
+    nothing is cut at the first. Where it must not fire, the code stays."""
+    nn.init.constant_(steered.metacontroller.switch_head.bias, 1e3)
+    proposals = codes(BATCH, STEPS)
+    remembered, _ = decode(steered, observations, proposals)
+    assert remembered.switch.all()
+    decoded, _ = decode(steered, observations, proposals, forget=True)
+    assert (decoded.switch_logit > 0).all()
+    assert decoded.switch.tolist() == [[True] + [t % 2 == 1 for t in range(1, STEPS)]] * BATCH
+    opened = [0, *(t if t % 2 else t - 1 for t in range(1, STEPS))]
+    assert torch.equal(decoded.code, proposals[:, opened])
+
+
 def test_peek_sees_what_step_will_see_and_leaves_no_trace(steered: SteeredModel, observations: Tensor) -> None:
     for forget in (False, True):
+        silenced = 0
         plain, _ = decode(steered, observations, codes(BATCH, STEPS), forget)
         decoding = steered.start(BATCH, forget)
         for t in range(STEPS):
@@ -180,9 +195,11 @@ def test_peek_sees_what_step_will_see_and_leaves_no_trace(steered: SteeredModel,
 
             step = steered.step(observations[:, t], decoding, propose)
             assert torch.equal(step.switch, switch)
+            silenced += int(((step.switch_logit > 0) & ~switch).sum())
             assert torch.equal(step.logits, plain.logits[:, t])
             if switch.any():
                 assert torch.equal(seen["x"], x[seen["rows"]])
+        assert (silenced > 0) == forget
 
 
 # ---------------------------------------------------------------------------------- the switch

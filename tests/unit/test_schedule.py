@@ -11,7 +11,7 @@ from internalrl.base import pretrain
 from internalrl.config import PRESETS
 from internalrl.configio import from_dict
 from internalrl.discovery.train import coefficients_at, rate_at
-from internalrl.stages import DiscoverConfig, PretrainConfig
+from internalrl.stages import DiscoverConfig, PretrainConfig, ReinforceConfig
 
 # Forms in steps 0-9, squeezes in 10-29, holds in 30-34, rises in 35-44, ends after 129.
 PHASES = DiscoverConfig(
@@ -88,6 +88,11 @@ def test_learning_rate_of_discovery(decay: float, step: int, factor: float) -> N
 
 def paper(stage: str, config: type, **changed: Any) -> Any:
     return replace(from_dict(config, PRESETS["paper"][stage]), **changed)
+
+
+def test_the_paper_neither_cuts_contexts_nor_crops() -> None:
+    assert not paper("reinforce", ReinforceConfig).forget
+    assert paper("discover", DiscoverConfig).crop == 0
 
 
 def test_the_papers_rates_and_alpha_are_constant() -> None:
