@@ -20,16 +20,12 @@ if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 import numpy as np
+from spread import spread
 
 from internalrl.domains.grid import PRETRAINING_TASKS, GridConfig, demonstrate, sample_layouts
 from internalrl.domains.grid_bayes import bayes_filter, expert_nll
 from internalrl.domains.grid_layouts import shortest_path_moves
 from internalrl.runlog import environment
-
-
-def summary(rates: list[float]) -> dict[str, int]:
-    """Smallest, middle and largest of the repeats."""
-    return {"min": round(min(rates)), "median": round(float(np.median(rates))), "max": round(max(rates))}
 
 
 def main() -> None:
@@ -63,7 +59,7 @@ def main() -> None:
         "cores_used": 1,
         "episodes_per_repeat": args.count,
         "seeds": list(range(1, args.repeats + 1)),
-        "per_second": {name: summary(values) for name, values in rates.items()},
+        "per_second": {name: spread(values, None) for name, values in rates.items()},
         "references": {
             "episodes": len(demonstrations),
             "seed": args.repeats,

@@ -27,6 +27,7 @@ if hasattr(os, "sched_setaffinity"):
 
 import numpy as np
 import torch
+from spread import spread
 
 from internalrl.base.batches import Batch, demonstration_batches
 from internalrl.base.pretrain import build
@@ -79,12 +80,6 @@ def seconds_of(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
-
-
-def spread(values: np.ndarray) -> dict[str, float]:
-    """Smallest, middle and largest of the repeats."""
-    middle = float(np.median(values))
-    return {"min": round(float(values.min()), 4), "median": round(middle, 4), "max": round(float(values.max()), 4)}
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+from spread import spread
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "bench" / "grid"
@@ -66,14 +67,13 @@ def collect(seeds: list[int]) -> dict[str, Any]:
             for stage in ("reinforce", "raw-action")
         }
     keys = [k for k, v in next(iter(runs.values())).items() if isinstance(v, int | float)]
-    spread = {}
+    headline = {}
     for key in keys:
-        values = [run[key] for run in runs.values()]
-        spread[key] = {"median": median(values), "min": min(values), "max": max(values)}
+        headline[key] = spread([run[key] for run in runs.values()])
     return {
         "command": f"python benchmarks/grid.py --seeds {' '.join(map(str, seeds))}",
         "seeds": seeds,
-        "spread": spread,
+        "spread": headline,
         "runs": runs,
         **environment(),
         "threads": 1,

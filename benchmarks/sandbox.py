@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from spread import spread
 
 from internalrl.domains.code import CodeConfig, sample_programs
 from internalrl.domains.code_tasks import tasks
@@ -28,11 +29,6 @@ def variations(programs: list[str]) -> dict[str, list[str]]:
     """What is timed -> programs."""
     mixed = [p[:-9] + ")" if n % 8 == 0 else p[:-9] + "x[99]" if n % 8 == 1 else p for n, p in enumerate(programs)]
     return {"corpus": programs, "mixed": mixed, "alone": [f"import math\n{program}" for program in programs]}
-
-
-def summary(rates: list[float]) -> dict[str, int]:
-    """Smallest, middle and largest of the repeats."""
-    return {"min": round(min(rates)), "median": round(float(np.median(rates))), "max": round(max(rates))}
 
 
 def main() -> None:
@@ -71,7 +67,7 @@ def main() -> None:
         "isolation": ["system calls", "resources", *isolation],
         "start_seconds": round(started, 3),
         "load_average_before": round(busy, 2),
-        "per_second": {name: summary(values) for name, values in rates.items()},
+        "per_second": {name: spread(values, None) for name, values in rates.items()},
         **environment(),
     }
     args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from spread import spread
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from internalrl.metacontroller.policy import Policy
@@ -63,12 +64,6 @@ def seconds_of(generate: Callable[..., Any], tokens: torch.Tensor, count: int) -
         torch.cuda.synchronize()
     assert length == PROMPT + count
     return time.perf_counter() - began
-
-
-def spread(values: np.ndarray) -> dict[str, float]:
-    """Smallest, middle and largest of the repeats."""
-    middle = float(np.median(values))
-    return {"min": round(float(values.min()), 4), "median": round(middle, 4), "max": round(float(values.max()), 4)}
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ EXHAUSTION = {
     "reading input": (program("return input()"), "error"),
     "fork bomb": ("import os\n" + program("while True:\n    try: os.fork()\n    except OSError: pass"), "timeout"),
     "all descriptors": ("import os\n" + program("while True: os.dup(1)"), "error"),
-    "filling the disk": (program("open('/tmp/fill', 'wb').write(b'0' * 10 ** 9)"), "error"),
+    "filling the disk": (program("open('fill', 'wb').write(b'0' * 10 ** 9)"), "error"),
     "too long a program": ("#" * (PROGRAM_BYTES + 1), "error"),
     "crash": ("import ctypes\n" + program("ctypes.string_at(0)"), "killed"),
     "abort": ("import os\n" + program("os.abort()"), "killed"),

@@ -34,7 +34,7 @@ STAGES = ("pretrain", "discover", "reinforce")
 
 def finished_run(path: Path, stages: Sequence[str] = STAGES, task: str = "0") -> RunFolder:
     """A run that went through `stages`; an untrained policy visits colour 0 now and then."""
-    config = {"discover": {"form_steps": 30, "squeeze_steps": 20}, "reinforce": {"task": task}}
+    config = {"discover": {"form_steps": 30, "squeeze_steps": 20}, "reinforce": {"task": task, "forget": True}}
     run = RunFolder.create(path, {name: config.get(name, {}) for name in stages}, seed=3)
     base = small_base()
     base.save_pretrained(path / "base")

@@ -111,7 +111,7 @@ class DiscoverConfig(Checked):
     """Steps with random switches in which α rises, so that codes keep only what pays: the subgoal."""
     switch_steps: Count = 450
     """Steps in which the switch is learned."""
-    recrop_steps: Natural = 150
+    recrop_steps: Count = 150
     """Of these, the steps after which crops begin where the learned switch fires, instead of at random."""
     random_switch: Fraction = 0.12
     """Probability of a random switch; its inverse is the time for which codes learn to persist."""

@@ -74,6 +74,14 @@ def test_evaluation_counts_every_ending(whole: RunFolder, controller: str, monke
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
 
 
+def test_contexts_are_cut_as_the_run_was_reinforced(whole: RunFolder) -> None:
+    default, cut, uncut = (
+        evaluate.main(EvaluateConfig(episodes=40, forget=forget), whole) for forget in (None, True, False)
+    )
+    assert {**default, "seconds": 0} == {**cut, "seconds": 0}
+    assert {**uncut, "seconds": 0} != {**cut, "seconds": 0}
+
+
 def test_deterministic_policy_plays_its_mean(whole: RunFolder) -> None:
     models = open_models(whole)
     config = EvaluateConfig(episodes=8, deterministic=True)

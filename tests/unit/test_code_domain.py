@@ -429,3 +429,16 @@ def test_a_corpus_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_impossible_configs_are_refused(options: dict, message: str) -> None:
     with pytest.raises(InternalRLError, match=message):
         CodeConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("config", "nats", "vocabulary", "tokens"), [(CONFIG, 15.13, 63, 75.8), (LARGE_CONFIG, 18.02, 72, 80.4)]
+)
+def test_figures_of_the_documentation(config: CodeConfig, nats: float, vocabulary: int, tokens: float) -> None:
+    """docs/code.md; the mean length is that of 4,000 programs, within four standard errors."""
+    assert entropy(config) == pytest.approx(nats, abs=0.005)
+    tokenizer = build_tokenizer(config)
+    assert len(tokenizer) == vocabulary
+    of_four = CodeConfig(idioms=config.idioms, min_idioms=4, max_idioms=4)
+    lengths = np.array([len(tokenizer(text).input_ids) for text in sample_programs(of_four, 4000, rng()).texts])
+    assert lengths.mean() == pytest.approx(tokens, abs=0.05 + 4 * lengths.std() / len(lengths) ** 0.5)

@@ -65,7 +65,7 @@ def discover(steered: SteeredModel, config: DiscoverConfig, run: RunFolder) -> L
     choice = Stream.DISCOVER.torch(run.seed)
     learn_from = config.form_steps + config.squeeze_steps
     total = learn_from + config.switch_steps
-    recrop_from = learn_from + config.recrop_steps
+    recrop_from = learn_from + config.recrop_steps if config.crop else total  # without crops there is none to move
     modules = {"metacontroller": meta, "segmenter": segmenter}
     loop = Loop(run, "discover", total, modules, {"adamw": optimizer}, {"choice": choice})
     for step in loop:
