@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types docs bench browser clean
+.PHONY: help demo test check lint types docs bench fetched clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' Makefile
@@ -20,7 +20,7 @@ demo: $(INSTALLED) ## all three stages on the grid world, from nothing to runs/d
 	@$(VENV)/bin/internalrl demo --run runs/demo $(if $(wildcard runs/demo/summary.json),--overwrite,$(if \
 		$(wildcard runs/demo/config.json),--resume))
 
-test: $(INSTALLED) browser ## run the tests; ARGS="-k name" chooses
+test: $(INSTALLED) fetched ## run the tests; ARGS="-k name" chooses
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 $(ARGS)
 
 check: lint types docs ## lint, types and the commands and links in the documentation
@@ -41,12 +41,13 @@ clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The report's rendering is tested where a browser is found; on CI it is worth fetching one.
-browser:
-	@if [ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-		! command -v chromium >/dev/null; then \
-		(apt-get update && apt-get install -y --no-install-recommends chromium) >/dev/null 2>&1 \
-			|| echo "chromium could not be installed; its test will be skipped"; \
+# The pages are tested where a browser is found, databases where a PostgreSQL server is; on CI they are worth fetching.
+fetched:
+	@missing=; command -v chromium >/dev/null || missing=chromium; \
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
+	if [ -n "$$missing" ] && [ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		(apt-get update && apt-get install -y --no-install-recommends $$missing) >/dev/null 2>&1 \
+			|| echo "$$missing could not be installed; what needs them will be skipped"; \
 	fi
 
 # torch first: it is the largest by far, and brings the setuptools that the build below uses without isolation.

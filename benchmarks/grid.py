@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ BASELINES = {
 """Baseline -> adapter it starts from and what differs from internal RL; the demo itself runs `raw-action`."""
 
 
-def one_seed(seed: int) -> None:
-    """Everything for one seed, on one thread."""
+def play(seed: int, part: str) -> None:
+    """The demo of one seed, or the baselines on what it left; on one thread."""
     import torch
 
     from internalrl.configio import to_dict
@@ -43,8 +44,11 @@ def one_seed(seed: int) -> None:
     torch.set_num_threads(1)
     folder, config = RUNS / f"seed-{seed}", DemoConfig()
     run = RunFolder.create(folder, to_dict(config), seed=seed, resume=(folder / "config.json").exists())
-    summary = demo(config, run)
-    summary["baselines"] = {"raw-action": {"success": summary["raw_action_success"], "episodes": summary["episodes"]}}
+    if part == "demo":
+        demo(config, run)
+        return
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["baselines"] = {}
     for name, change in BASELINES.items():
         options = {k: v for k, v in change.items() if k != "adapter"}
         budget = replace(config.reinforce, episodes=summary["episodes"], **options)
@@ -64,7 +68,7 @@ def collect(seeds: list[int]) -> dict[str, Any]:
         lines = [json.loads(line) for line in (RUNS / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()]
         run["success_per_iteration"] = {
             stage: [round(line["success"], 4) for line in lines if line["stage"] == stage]
-            for stage in ("reinforce", "raw-action")
+            for stage in ("reinforce", "raw-action", *BASELINES)
         }
     keys = [k for k, v in next(iter(runs.values())).items() if isinstance(v, int | float)]
     headline = {}
@@ -80,25 +84,31 @@ def collect(seeds: list[int]) -> dict[str, Any]:
     }
 
 
+def run_apart(part: str, seed: int) -> None:
+    """Run a part in a process of its own; a summary says that it is done."""
+    folder = RUNS / f"seed-{seed}"
+    summary = folder / "summary.json"
+    if summary.exists() and (part == "demo" or "baselines" in json.loads(summary.read_text())):
+        return
+    with (RUNS / f"seed-{seed}.log").open("a") as log:
+        command = [sys.executable, __file__, "--part", part, str(seed)]
+        if subprocess.run(command, stdout=log, stderr=log).returncode:
+            raise SystemExit(f"The {part} of seed {seed} failed; see the logs in {RUNS}.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one thread each")
-    parser.add_argument("--one", type=int, help="run this seed in this process")
+    parser.add_argument("--part", nargs=2, metavar=("PART", "SEED"), help="run this in this process")
     options = parser.parse_args()
-    if options.one is not None:
-        one_seed(options.one)
+    if options.part:
+        play(int(options.part[1]), options.part[0])
         return
-    waiting, running = list(options.seeds), []
-    while waiting or running:
-        while waiting and len(running) < options.jobs:
-            seed = waiting.pop(0)
-            RUNS.mkdir(parents=True, exist_ok=True)
-            log = (RUNS / f"seed-{seed}.log").open("a")
-            command = [sys.executable, __file__, "--one", str(seed)]
-            running.append(subprocess.Popen(command, stdout=log, stderr=log))
-        if running.pop(0).wait():
-            raise SystemExit(f"A seed failed; see the logs in {RUNS}.")
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with ThreadPool(options.jobs) as pool:
+        for part in ("demo", "baselines"):
+            pool.map(lambda seed, part=part: run_apart(part, seed), options.seeds, chunksize=1)
     RESULTS.write_text(json.dumps(collect(options.seeds), indent=2) + "\n")
 
 

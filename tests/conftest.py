@@ -1,11 +1,29 @@
-"""Every test starts from the same random numbers, whichever ran before it."""
+"""Every test starts from the same random numbers, whichever ran before it; databases."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from tests import postgres as private
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[private.Server]:
+    if private.PROGRAMS is None:
+        pytest.skip("no PostgreSQL server on this machine")
+    with private.server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest) -> str | None:
+    """URL of a new database; None is SQLite in the folder of whatever takes it."""
+    return None if request.param == "sqlite" else request.getfixturevalue("postgres").database()

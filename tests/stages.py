@@ -11,6 +11,7 @@ from internalrl.stages import (
     DiscoverConfig,
     MetacontrollerConfig,
     PretrainConfig,
+    RehearseConfig,
     ReinforceConfig,
 )
 
@@ -27,7 +28,9 @@ def discover(base: Path) -> DiscoverConfig:
     return DiscoverConfig(
         base=base,
         metacontroller=SIZES,
-        consolidate=ConsolidateConfig(episodes=16, steps=5, batch_size=8),
+        consolidate=ConsolidateConfig(
+            rehearse=RehearseConfig(steps=5, batch_size=8, batches=2), episodes=16, steps=5, batch_size=8
+        ),
         form_steps=3,
         squeeze_steps=3,
         switch_steps=3,

@@ -1,7 +1,8 @@
 """The command line: `internalrl SUBCOMMAND [options]`.
 
 Subcommands name their function and config as "module:attribute"; both are imported only when needed, so that
-`--help` is instant. A stage is a function `main(config, run: RunFolder) -> dict`; the dict is its summary.
+`--help` is instant. A stage is a function `main(config, run: RunFolder) -> dict`; the dict is its summary. A tool has
+no run folder: `main(config) -> dict`, where the config may be a union of dataclasses, one for each action.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from internalrl.errors import InternalRLError, OptionError
 
 if TYPE_CHECKING:
-    from internalrl.config import ReadOptions, RunOptions
+    from rich.text import Text
+
+    from internalrl.config import ReadOptions, RunOptions, ToolOptions
 
 
 @dataclass(frozen=True)
 class Subcommand:
-    """Where a subcommand's stage function and config dataclass are, and what it does."""
+    """Where a subcommand's function and config are, and what it does."""
 
     target: str
     config: str
@@ -37,6 +40,8 @@ class Subcommand:
     """A function of the config that raises where the stage could not begin; it runs before a folder is made."""
     reads: bool = False
     """True: it reads a run folder given as its argument; False: it makes a new one (`--run`)."""
+    tool: bool = False
+    """True: it has no run folder, and neither presets nor YAML files."""
 
 
 SUBCOMMANDS: dict[str, Subcommand] = {
@@ -76,16 +81,46 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "all three stages on the grid world, then the report",
         check="internalrl.demo:check",
     ),
+    "serve": Subcommand(
+        "internalrl.serving.serve:main",
+        "internalrl.serving.serve:ServeConfig",
+        "serve a base and its adapters behind the OpenAI API",
+        tool=True,
+    ),
+    "adapters": Subcommand(
+        "internalrl.serving.registry_cli:main",
+        "internalrl.serving.registry_cli:AdaptersConfig",
+        "versions of adapters: list, add, promote, rollback, remove, split",
+        tool=True,
+    ),
+    "strategies": Subcommand(
+        "internalrl.serving.strategies_cli:main",
+        "internalrl.serving.strategies_cli:StrategiesConfig",
+        "libraries of an adapter's strategies: fit, list, name",
+        tool=True,
+    ),
+    "audit": Subcommand(
+        "internalrl.serving.audit_cli:main",
+        "internalrl.serving.audit_cli:AuditConfig",
+        "what the served models decided",
+        tool=True,
+    ),
+    "keys": Subcommand(
+        "internalrl.serving.keys_cli:main",
+        "internalrl.serving.keys_cli:KeysConfig",
+        "keys of the API: create, list, revoke",
+        tool=True,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Command:
-    """A parsed command line: the subcommand's name, its stage config and its options."""
+    """A parsed command line: the subcommand's name, its config and its options."""
 
     name: str
     config: Any
-    options: RunOptions | ReadOptions
+    options: RunOptions | ReadOptions | ToolOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_summary(command, _run(command))
     except KeyboardInterrupt:
         hint = ""
-        if command and not SUBCOMMANDS[command.name].reads:
-            hint = f" Continue with: internalrl {command.name} --run {command.options.run} --resume"
+        if command and (run := getattr(command.options, "run", None)) and not SUBCOMMANDS[command.name].reads:
+            hint = f" Continue with: internalrl {command.name} --run {run} --resume"
         print(f"\nInterrupted.{hint}", file=sys.stderr)
         return 130
     except (InternalRLError, ValueError) as error:
@@ -126,12 +161,16 @@ def parse(argv: Sequence[str]) -> Command:
         raise InternalRLError(f"{name!r} is no subcommand; {hint}")
     import tyro
 
-    from internalrl.config import ReadOptions, RunOptions
+    from internalrl.config import ReadOptions, RunOptions, ToolOptions
 
     subcommand = SUBCOMMANDS[name]
     config_type = _load(subcommand.config)
-    config, seed = _starting_point(name, config_type, argv[1:])
-    options = ReadOptions(seed=seed) if subcommand.reads else RunOptions(seed=seed, run=Path("runs") / name)
+    options: RunOptions | ReadOptions | ToolOptions
+    if subcommand.tool:
+        config, options = tyro.MISSING_NONPROP, ToolOptions()
+    else:
+        config, seed = _starting_point(name, config_type, argv[1:])
+        options = ReadOptions(seed=seed) if subcommand.reads else RunOptions(seed=seed, run=Path("runs") / name)
     # One flat set of options from two dataclasses. A config's switches also have a --no- form: a resumed
     # run's stored values are the defaults, and the command line it was started with must still parse.
     flat, plain_switches = tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff
@@ -145,6 +184,7 @@ def parse(argv: Sequence[str]) -> Command:
                 description=subcommand.help,
                 args=argv[1:],
                 default=(config, options),
+                config=(tyro.conf.CascadeSubcommandArgs,),  # so that --json may stand behind an action
             )
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
@@ -185,20 +225,26 @@ def _starting_point(name: str, config_type: type, argv: Sequence[str]) -> tuple[
 
 
 def _run(command: Command) -> dict[str, Any]:
+    from internalrl.config import RunOptions, ToolOptions
+    from internalrl.configio import to_dict
+    from internalrl.files import jsonable
+    from internalrl.runlog import RunFolder
+
     subcommand, options = SUBCOMMANDS[command.name], command.options
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would stand between our own lines
+    # With --json stdout belongs to the result alone.
+    quiet = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
+    if isinstance(options, ToolOptions):
+        with quiet:
+            answer: dict[str, Any] = jsonable(_load(subcommand.target)(command.config))
+        return answer
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would stand between our own lines
     stage = _load(subcommand.target)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(options.seed)
         if options.threads:
             torch.set_num_threads(options.threads)
-
-    from internalrl.config import RunOptions
-    from internalrl.configio import to_dict
-    from internalrl.files import jsonable
-    from internalrl.runlog import RunFolder
 
     if subcommand.check:
         _load(subcommand.check)(command.config)
@@ -212,8 +258,7 @@ def _run(command: Command) -> dict[str, Any]:
         )
     else:
         run = RunFolder.open(options.run, options.seed)
-    # With --json stdout belongs to the result alone.
-    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+    with quiet:
         summary: dict[str, Any] = jsonable(stage(command.config, run))
     if not subcommand.reads:
         run.write_json("summary.json", summary)
@@ -232,10 +277,33 @@ def _print_summary(command: Command, summary: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{command.name}: {command.options.run}", show_header=False)
-    for key, value in _flat(summary):
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    console = Console()
+    lists = {key: value for key, value in summary.items() if _is_list_of_rows(value)}
+    if single := {key: value for key, value in summary.items() if key not in lists}:
+        run = getattr(command.options, "run", None)
+        table = Table(title=f"{command.name}: {run}" if run else command.name, show_header=False)
+        for key, value in _flat(single):
+            table.add_row(key, _cell(value))
+        console.print(table)
+    for key, rows in lists.items():
+        table = Table(*rows[0], title=key)
+        for row in rows:
+            table.add_row(*map(_cell, row.values()))
+        console.print(table)
+
+
+def _is_list_of_rows(value: Any) -> bool:
+    """Whether a value of a summary is a table: rows with the same names."""
+    rows = value if isinstance(value, list) else []
+    return bool(rows) and all(isinstance(row, Mapping) and row.keys() == rows[0].keys() for row in rows)
+
+
+def _cell(value: Any) -> Text:
+    """What a table shows: as it is written, whatever it holds of markup or control characters."""
+    from rich.text import Text
+
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return Text("".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

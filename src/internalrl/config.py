@@ -24,6 +24,7 @@ _PAPER: Mapping[str, Mapping[str, Any]] = {
         "lr": 3e-4,
         "weight_decay": 0.03,
         "decay": 0.0,
+        "crop": 0.0,
     },
     "discover": {
         "metacontroller": {
@@ -64,8 +65,16 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"paper": {**_PAPER, "d
 
 
 @dataclass(frozen=True)
+class ToolOptions(Checked):
+    """Options of a subcommand without a run folder."""
+
+    json: bool = False
+    """Print the results as one JSON object on stdout."""
+
+
+@dataclass(frozen=True)
 class CommonOptions(Checked):
-    """Options of every subcommand."""
+    """Options of every subcommand that makes or reads a run folder."""
 
     seed: Natural = 0
     """Seed of all randomness."""

@@ -43,7 +43,7 @@ def main(config: DemoConfig, run: RunFolder) -> dict[str, Any]:
     steered.save_pretrained(run.path / "discovered", {"discover": {"seed": run.seed}})
     consolidated, played = discovered, consolidation_episodes(config)
     if played:
-        seconds["consolidate"] = consolidate(steered, config.discover.consolidate, run).seconds
+        seconds |= consolidate(steered, config.discover.consolidate, run)
         consolidated = evaluate_discovery(steered, run.seed)
 
     budget = replace(config.reinforce, episodes=config.reinforce.episodes - played)
@@ -79,6 +79,11 @@ def main(config: DemoConfig, run: RunFolder) -> dict[str, Any]:
 
 def check(config: DemoConfig) -> None:
     """Raise where one of the stages could not begin: better now than after those before it."""
+    if config.reinforce.limits is not None:
+        raise InternalRLError(
+            "--reinforce.limits needs a library of the adapter's strategies, which a demo does not have yet; leave it "
+            "out, fit the strategies of the demo's adapter, then give it to `internalrl reinforce`."
+        )
     check_grid(config.pretrain)
     Adapter(build(config.pretrain.base, config.pretrain.grid), config.discover.metacontroller)
     parse_task(config.reinforce.task, config.pretrain.grid)

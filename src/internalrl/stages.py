@@ -76,14 +76,36 @@ class MetacontrollerConfig(Checked):
 
 
 @dataclass(frozen=True)
+class RehearseConfig(Checked):
+    """Stage 2b, first half: demonstrations with the context cut at every switch."""
+
+    steps: Count = 350
+    """Optimiser steps."""
+    batch_size: Count = 128
+    """Episodes per step."""
+    batches: Count = 60
+    """Batches whose lower-half residuals are computed once and then reused."""
+    lr: Positive = 2e-3
+    """AdamW learning rate; it falls linearly to zero over the second half."""
+    kl_coef_start: NotNegative = 0.1
+    """α at first."""
+    kl_coef: NotNegative = 0.3
+    """α in the second half."""
+    switch_coef: NotNegative = 0.3
+    """Weight of the switches."""
+
+
+@dataclass(frozen=True)
 class ConsolidateConfig(Checked):
     """Stage 2b: consolidation, which makes a code mean the same in every context."""
 
     enabled: bool = True
     """Off: the paper's discovery alone."""
-    episodes: Count = 2048
+    rehearse: RehearseConfig = field(default_factory=RehearseConfig)
+    """The first half."""
+    episodes: Count = 3072
     """Reward-free episodes that the teacher plays; they count towards internal RL's episodes."""
-    steps: Count = 700
+    steps: Count = 1200
     """Optimiser steps."""
     batch_size: Count = 32
     """Episodes per step."""
@@ -105,7 +127,7 @@ class DiscoverConfig(Checked):
     """Stage 2b."""
     slow_lag: Count = 4
     """Steps over which a slow feature persists."""
-    form_steps: Natural = 300
+    form_steps: Natural = 500
     """Steps with random switches and nearly free information, in which codes form."""
     squeeze_steps: Natural = 100
     """Steps with random switches in which α rises, so that codes keep only what pays: the subgoal."""
@@ -169,7 +191,7 @@ class ReinforceConfig(Checked):
     batch_size: Annotated[int, Range(2)] = 1024
     """Episodes per iteration N."""
     lr: Positive = 4e-3
-    """Adam learning rate."""
+    """Adam learning rate; it falls linearly to zero over the second half."""
     epochs: Count = 6
     """Passes over each batch of segments."""
     clip_coef: Positive = 0.2
@@ -183,6 +205,13 @@ class ReinforceConfig(Checked):
     forget: bool = True
     """Cut the base model's context at every switch, as consolidation's teacher does: what came before a segment then
     cannot talk the base out of it. Off: the whole context."""
+    limits: Path | None = None
+    """YAML file of the strategies that the policy may not use; see docs/serving.md."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limits is not None and self.agent == "raw-action":
+            raise OptionError("limits", "is given, but raw-action RL has no codes to limit; leave it out.")
 
 
 @dataclass(frozen=True)
@@ -209,8 +238,9 @@ class PretrainConfig(Checked):
     """Weight decay of both."""
     decay: Fraction = 0.6
     """Last fraction of the steps over which the learning rate falls to zero; 0 keeps it constant."""
-    crop: Fraction = 0.0
-    """Probability that an episode is cut to begin at a random step."""
+    crop: Fraction = 0.25
+    """Probability that an episode is cut to begin at a random step, so that the base knows what to do when its context
+    is cut; 0 for the paper's whole episodes."""
     noise: Fraction = 0.0
     """The expert's noise ε."""
 
@@ -247,5 +277,5 @@ class DemoConfig:
     """Stage 1."""
     discover: DiscoverConfig = field(default_factory=DiscoverConfig)
     """Stages 2 and 2b."""
-    reinforce: ReinforceConfig = field(default_factory=lambda: ReinforceConfig(episodes=120_000))
+    reinforce: ReinforceConfig = field(default_factory=lambda: ReinforceConfig(episodes=150_000))
     """Stage 3; its episodes include those of consolidation. Fewer than by default, to end within 25 minutes."""

@@ -25,6 +25,8 @@ class Stream(IntEnum):
     REINFORCE = 9  # episodes of stage 3
     EVALUATE = 10  # episodes that success is measured on
     SLOW = 11  # demonstrations that slow features are found on
+    REHEARSE = 13  # demonstrations of rehearsal, and the order of their batches
+    STRATEGIES = 12  # texts and episodes that strategies are found in
 
     def numpy(self, seed: int, index: int = 0) -> np.random.Generator:
         """The generator of a run's `seed`; `index` tells parts of the stream apart, such as batches."""

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from tyro.conf import Positional, subcommand
 
 from internalrl import cli, config
 from internalrl.errors import InternalRLError
@@ -39,6 +40,39 @@ class FakeConfig:
             raise ValueError(f"rate is {self.rate}; give a number above 0.")
 
 
+@dataclass(frozen=True)
+class Show:
+    """Show the things."""
+
+    limit: int = 2
+    """How many."""
+
+
+@dataclass(frozen=True)
+class Put:
+    """Put a thing there."""
+
+    name: Positional[str]
+    """Of the thing."""
+    weight: float = 1.0
+    """Of the thing."""
+
+
+ToolConfig = Annotated[Show, subcommand("show")] | Annotated[Put, subcommand("put")]
+
+
+def fake_tool(tool_config: Show | Put) -> dict[str, Any]:
+    print("a library prints something")
+    if isinstance(tool_config, Show):
+        return {
+            "things": [{"name": f"n{i}", "weight": i / 3} for i in range(tool_config.limit)],
+            "all": tool_config.limit,
+        }
+    if tool_config.weight < 0:
+        raise InternalRLError("Nothing weighs less than 0; give another --weight.")
+    return {"put": tool_config.name, "weight": tool_config.weight}
+
+
 FAILURES = {
     "ours": InternalRLError("The base is too small;\n give a larger one."),
     "value": ValueError("task '9' names colour 9."),
@@ -61,6 +95,8 @@ def fake_subcommands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, reads in (("fake", False), ("look", True)):
         entry = cli.Subcommand(f"{__name__}:fake_stage", f"{__name__}:FakeConfig", "does nothing", reads=reads)
         monkeypatch.setitem(cli.SUBCOMMANDS, name, entry)
+    entry = cli.Subcommand(f"{__name__}:fake_tool", f"{__name__}:ToolConfig", "puts and shows", tool=True)
+    monkeypatch.setitem(cli.SUBCOMMANDS, "tool", entry)
     monkeypatch.setattr(config, "PRESETS", {"large": {"fake": {"shape": {"size": 99}, "rate": 9}}})
     monkeypatch.chdir(tmp_path)
 
@@ -118,9 +154,29 @@ def test_reading_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not a run folder" in complaint(capsys, "look", "b")
 
 
+def test_a_tool_has_actions_and_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert result(capsys, "tool", "put", "a", "--weight", "3") == {"put": "a", "weight": 3.0}
+    assert result(capsys, "tool", "show")["things"] == [{"name": "n0", "weight": 0.0}, {"name": "n1", "weight": 1 / 3}]
+    assert cli.main(["tool", "show"]) == 0
+    text = capsys.readouterr().out
+    assert all(part in text for part in ("things", "n1", "0.3333", "all"))
+    assert not any(Path().iterdir())
+    for argv, parts in (("tool --help", ("Show the things.", "put")), ("tool put --help", ("--weight", "--json"))):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(argv.split())
+        assert not stop.value.code
+        text = capsys.readouterr().out
+        assert all(part in text for part in parts)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        ("tool", "Expected one of {show, put}"),
+        ("tool shaw", "Unrecognized options: shaw"),
+        ("tool put", "see internalrl tool --help"),
+        ("tool show --run a", "Unrecognized options: --run"),
+        ("tool put a --weight=-1", "internalrl: Nothing weighs less than 0; give another --weight."),
         ("fale", "'fale' is no subcommand; did you mean fake?"),
         ("xyzzy", "'xyzzy' is no subcommand; known are pretrain, discover"),
         ("fake --rat 3", "Unrecognized options: --rat, 3; did you mean --rate; see internalrl fake --help."),

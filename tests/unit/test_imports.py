@@ -27,6 +27,7 @@ LAYERS = (
     {"discovery", "internal_rl"},
     {"variants"},
     {"analysis"},
+    {"serving"},
     {"demo"},
     {"__init__"},
     {"cli"},

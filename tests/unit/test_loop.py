@@ -15,7 +15,7 @@ import torch
 from internalrl import loop
 from internalrl.base import pretrain
 from internalrl.configio import to_dict
-from internalrl.discovery import consolidate
+from internalrl.discovery import consolidate, rehearse
 from internalrl.discovery import train as discovery
 from internalrl.errors import InternalRLError
 from internalrl.internal_rl import train as internal_rl
@@ -35,7 +35,7 @@ class KilledError(Exception):
 def at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Log and save at every step."""
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    for stage in (pretrain, discovery, consolidate):
+    for stage in (pretrain, discovery, rehearse, consolidate):
         monkeypatch.setattr(stage, "LOG_EVERY", 1)
 
 
@@ -70,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Uninterrupted runs: pretrain, discover, internal, raw-action; each with its summary."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        for stage in (pretrain, discovery, consolidate):
+        for stage in (pretrain, discovery, rehearse, consolidate):
             patch.setattr(stage, "LOG_EVERY", 1)
         for name, (main, config) in recipes(folder).items():
             summary = start(main, config, folder / name)
@@ -96,6 +96,7 @@ def recipes(folder: Path) -> dict[str, tuple[Callable[..., dict[str, Any]], Any]
         ("discover", "discover", 2),
         ("discover", "discover", 7),  # while the switch is learned: crops are about to move
         ("discover", "discover", 8),  # they have moved
+        ("discover", "rehearse", 2),  # the switches that cut are those of the start
         ("discover", "consolidate", 0),  # discovery is complete
         ("discover", "consolidate", 3),
         ("internal", "reinforce", 3),
@@ -156,6 +157,7 @@ def test_the_runs_above_learn_something(runs: Path) -> None:
     for name, stage, value in (
         ("pretrain", "pretrain", "nll"),
         ("discover", "discover", "loss"),
+        ("discover", "rehearse", "loss"),
         ("discover", "consolidate", "loss"),
     ):
         values = [line[value] for line in lines[name] if line["stage"] == stage]

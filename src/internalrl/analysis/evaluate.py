@@ -17,6 +17,7 @@ from internalrl.analysis.runs import find, open_models, run_task
 from internalrl.base.trajectory import TrajectoryModel
 from internalrl.domains.grid import GridBatch, GridConfig, Layouts, parse_task, sample_layouts
 from internalrl.errors import InternalRLError
+from internalrl.metacontroller.limits import Limits
 from internalrl.metacontroller.policy import PolicyActor
 from internalrl.metacontroller.rollout import Rollout, prior, rollout
 from internalrl.metacontroller.steered import Propose, SteeredModel
@@ -43,7 +44,7 @@ class Episodes:
 
 
 def main(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
-    """Play `config.task` with the models of `run`.
+    """Play `config.task` with the models of `run`, a policy within the limits that it was trained with.
 
     Returns success with its 95 % interval, mean length, segments per episode (None with the controller off),
     the fractions that ended on a wrong colour and at the horizon, and seconds.
@@ -66,16 +67,22 @@ def main(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
                 "give a run that has been through all stages."
             )
         steered = models.steered
-    return measure(steered, models.grid, task, config, temperature, run.seed)
+    return measure(steered, models.grid, task, config, temperature, run.seed, models.limits)
 
 
 def measure(
-    steered: SteeredModel, grid: GridConfig, task: str, config: EvaluateConfig, temperature: float, seed: int
+    steered: SteeredModel,
+    grid: GridConfig,
+    task: str,
+    config: EvaluateConfig,
+    temperature: float,
+    seed: int,
+    limits: Limits | None = None,
 ) -> dict[str, Any]:
-    """The result of `main` for models at hand; `temperature` is that of the base's actions."""
+    """The result of `main` for models at hand; `temperature` is that of the base's actions, `limits` the policy's."""
     began = time.monotonic()
     wins = timeouts = steps = segments = 0
-    for part in play(steered, grid, task, config, temperature, seed):
+    for part in play(steered, grid, task, config, temperature, seed, limits):
         wins += int(part.success.sum())
         timeouts += int(part.truncated.sum())
         steps += int(part.rollout.length.sum())
@@ -97,7 +104,13 @@ def measure(
 
 
 def play(
-    steered: SteeredModel, grid: GridConfig, task: str, config: EvaluateConfig, temperature: float, seed: int
+    steered: SteeredModel,
+    grid: GridConfig,
+    task: str,
+    config: EvaluateConfig,
+    temperature: float,
+    seed: int,
+    limits: Limits | None = None,
 ) -> Iterator[Episodes]:
     """Play `config.episodes` episodes of `task`, at most `CHUNK` at a time; the same seed gives the same ones."""
     rng, generator = Stream.EVALUATE.numpy(seed), Stream.EVALUATE.torch(seed)
@@ -105,7 +118,7 @@ def play(
     for begin in range(0, config.episodes, CHUNK):
         count = min(CHUNK, config.episodes - begin)
         layouts = sample_layouts(grid, count, rng)
-        propose = _proposer(steered, config, count, generator)
+        propose = _proposer(steered, config, count, generator, limits)
         result = rollout(steered, GridBatch(grid, layouts, goal), propose, temperature, bool(config.forget), generator)
         yield _replay(GridBatch(grid, layouts, goal), result)
 
@@ -117,10 +130,12 @@ def bare(base: TrajectoryModel) -> SteeredModel:
     return steered
 
 
-def _proposer(steered: SteeredModel, config: EvaluateConfig, episodes: int, generator: torch.Generator) -> Propose:
+def _proposer(
+    steered: SteeredModel, config: EvaluateConfig, episodes: int, generator: torch.Generator, limits: Limits | None
+) -> Propose:
     if config.controller == "policy":
         assert steered.policy is not None
-        return PolicyActor(steered.policy, episodes, generator, config.deterministic)
+        return PolicyActor(steered.policy, episodes, generator, config.deterministic, limits)
     return prior(steered.metacontroller.config.n_z, generator)
 
 

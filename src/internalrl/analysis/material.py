@@ -43,7 +43,8 @@ class Material:
             return None
         config = EvaluateConfig(episodes=256, forget=self.setting("forget"))
         temperature = self.setting("temperature") or 0.0
-        return next(play(steered, grid, run_task(self.run, grid), config, temperature, self.run.seed))
+        task, limits = run_task(self.run, grid), self.models.limits
+        return next(play(steered, grid, task, config, temperature, self.run.seed, limits))
 
     def setting(self, name: str) -> Any:
         """A setting of the run by its name; None where it has none."""

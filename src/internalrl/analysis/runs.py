@@ -9,17 +9,20 @@ from typing import Any
 
 from internalrl.base.trajectory import TrajectoryModel, load_trajectory_model
 from internalrl.domains.grid import GridConfig
+from internalrl.metacontroller.limits import LIMITS_FILE, Limits, limits_of
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder, read_run
 
 
 @dataclass(frozen=True)
 class Models:
-    """The base model of a run, its grid, and, once there is an adapter, the steered model on that same base."""
+    """The base model of a run, its grid, and, once there is an adapter, the steered model on that same base; `limits`
+    if its policy was trained within some."""
 
     base: TrajectoryModel
     grid: GridConfig
     steered: SteeredModel | None
+    limits: Limits | None
 
 
 def open_models(run: RunFolder) -> Models:
@@ -30,7 +33,8 @@ def open_models(run: RunFolder) -> Models:
     base = load_trajectory_model(run.path / "base").eval()
     adapter = run.path / "adapter"
     steered = SteeredModel.from_pretrained(base, adapter).eval() if adapter.exists() else None
-    return Models(base, base.config.grid, steered)
+    file = adapter / LIMITS_FILE
+    return Models(base, base.config.grid, steered, limits_of(adapter) if file.exists() else None)
 
 
 def run_task(run: RunFolder, grid: GridConfig) -> str:

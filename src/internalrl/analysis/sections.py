@@ -178,6 +178,7 @@ def consolidation(m: Material) -> str:
         [
             curves(
                 [
+                    m.line("rehearse", "loss", "rehearsal"),
                     m.line("consolidate", "kl", "KL of the actions"),
                     m.line("consolidate", "switch_loss", "cross-entropy of the switches"),
                     m.line("consolidate", "loss", "weighted sum"),

@@ -17,6 +17,10 @@ from torch.nn import functional as F
 
 from internalrl.domains.grid_layouts import GridConfig
 
+GAIN = 10.0
+"""Factor on what the planner learns: Adam moves a parameter by a learning rate per step at most, and entry costs have
+far to go. Without it forbidden cells stay cheap for the colours that are sought first (docs/log.md)."""
+
 UNREACHED = 30.0
 """A path cost above any that occurs on a grid of at most 64 cells, whatever costs are learned."""
 
@@ -69,7 +73,7 @@ class PlanningEncoder(GridEncoder):
     """Shortest paths with learned entry costs: a differentiable planner as the observation encoder.
 
     For each colour c, distances to its cell come from `rounds` sweeps of min over the four neighbours, with a
-    learned cost exp(w[c, content]) of entering a cell. What the agent sees at its cell: for each colour and
+    learned cost exp(GAIN · w[c, content]) of entering a cell. What the agent sees at its cell: for each colour and
     move how much worse the move is than the best one, exp(sharpness · (best − q)); the distances; its
     coordinates; the cell's content. Trained through the action loss alone. It is a strong prior (moves go to
     neighbours, colours can be goals), so every result says which encoder it used.
@@ -79,7 +83,7 @@ class PlanningEncoder(GridEncoder):
         super().__init__(grid)
         self.rounds = rounds
         self.log_cost = nn.Parameter(torch.zeros(grid.colors, self.contents))
-        self.log_sharpness = nn.Parameter(torch.tensor(1.0))
+        self.log_sharpness = nn.Parameter(torch.tensor(1.0 / GAIN))
         self.features = 5 * grid.colors + 2 + self.contents
         self.mlp = nn.Sequential(nn.Linear(self.features, hidden), nn.ReLU(), nn.Linear(hidden, width))
         self.linear = nn.Linear(self.features, width)
@@ -90,7 +94,9 @@ class PlanningEncoder(GridEncoder):
         size, batch = self.size, len(first_observation)
         objects = first_observation.unflatten(-1, (self.cells, self.contents))[..., :-1].float()
         content = torch.cat([objects, 1 - objects.sum(-1, keepdim=True)], -1)  # the last content is "empty"
-        entry = (content @ self.log_cost.exp().T).transpose(1, 2).unflatten(-1, (size, size))  # (B, C, size, size)
+        entry = (
+            (content @ (GAIN * self.log_cost).exp().T).transpose(1, 2).unflatten(-1, (size, size))
+        )  # (B, C, size, size)
         goal = objects[..., : self.colors].transpose(1, 2).unflatten(-1, (size, size)).bool()
         edge = (1, 1, 1, 1)
         distance = torch.where(goal, 0.0, UNREACHED).expand(batch, -1, -1, -1)
@@ -108,7 +114,7 @@ class PlanningEncoder(GridEncoder):
             )
             distance = torch.where(goal, 0.0, q.amin(2))
         best = q.amin(2, keepdim=True)
-        advantage = torch.exp(self.log_sharpness.exp() * (best - q)).flatten(1, 2)
+        advantage = torch.exp((GAIN * self.log_sharpness).exp() * (best - q)).flatten(1, 2)
         grid = torch.linspace(-1, 1, size, device=entry.device)
         y, x = (axis.expand(batch, 1, -1, -1) for axis in torch.meshgrid(grid, grid, indexing="ij"))
         table = torch.cat([advantage, distance / size, y, x], 1).flatten(2).transpose(1, 2)

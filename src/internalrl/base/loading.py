@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from internalrl.base.residual import ResidualTap
 from internalrl.base.trajectory import TrajectoryConfig, load_trajectory_model
@@ -44,6 +44,16 @@ def load_base(base: Base) -> PreTrainedModel:
     if model.main_input_name == "input_ids":
         _require_single_stream(model.eval())
     return model
+
+
+def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a saved language model; InternalRLError where there is none. Nothing is downloaded."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # many kinds, as for models
+        raise InternalRLError(f"{base} has no tokenizer; save it beside the model.") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 The corpus shows only some transitions between subgoals, so a discovered code is read relative to what the base
 believes possible, and fails where the base has never gone. With the context cut at the last switch the same code
-works everywhere. So the steered model with a cut context is the teacher, and the steered model with its full
-context the student: same codes, same frozen base, no labels and no reward. This step goes beyond the paper.
+works everywhere. So the steered model with a cut context rehearses on demonstrations (`rehearse`), and is then the
+teacher of the steered model with its full context: same codes, same frozen base, no labels and no reward. This step
+goes beyond the paper.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internalrl.discovery.evaluate import free_play
+from internalrl.discovery.rehearse import rehearse
 from internalrl.domains.grid import observe
 from internalrl.loop import Loop, optimise
 from internalrl.metacontroller.steered import SteeredModel
@@ -69,7 +71,15 @@ def teach(steered: SteeredModel, config: ConsolidateConfig, seed: int) -> list[L
     return lessons
 
 
-def consolidate(steered: SteeredModel, config: ConsolidateConfig, run: RunFolder) -> Loop:
+def consolidate(steered: SteeredModel, config: ConsolidateConfig, run: RunFolder) -> dict[str, float]:
+    """Both halves, one after the other; their seconds by name."""
+    return {
+        "rehearse": rehearse(steered, config.rehearse, run).seconds,
+        "consolidate": distil(steered, config, run).seconds,
+    }
+
+
+def distil(steered: SteeredModel, config: ConsolidateConfig, run: RunFolder) -> Loop:
     """Let the forgetful teacher play with random codes, then train the student on what it did."""
     meta = steered.metacontroller
     optimizer = torch.optim.AdamW(meta.parameters_of("history", "switch", "controller"), lr=config.lr, weight_decay=0.0)

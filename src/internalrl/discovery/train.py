@@ -38,7 +38,7 @@ def main(config: DiscoverConfig, run: RunFolder) -> dict[str, Any]:
     steered = SteeredModel.from_base(base, config.metacontroller)
     seconds = discover(steered, config, run).seconds
     if config.consolidate.enabled:
-        seconds += consolidate(steered, config.consolidate, run).seconds
+        seconds += sum(consolidate(steered, config.consolidate, run).values())
     steered.save_pretrained(run.path / "adapter", {"discover": {"seed": run.seed}})
     return {**evaluate(steered, run.seed), "seconds": seconds}
 

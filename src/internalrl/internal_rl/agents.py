@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from internalrl.internal_rl.recording import Recording
+from internalrl.metacontroller.limits import Limits
 from internalrl.metacontroller.policy import Policy, PolicyActor
 from internalrl.metacontroller.rollout import BatchEnvironment, Rollout, rollout
 from internalrl.metacontroller.steered import SteeredModel
@@ -41,7 +42,10 @@ class Agent(Protocol):
 class InternalAgent:
     """Chooses a code at every switch; the steered base model, at `temperature`, does the rest.
 
-    With `forget` the base model sees the present segment alone.
+    With `forget` the base model sees the present segment alone. With `limits` no code that they deny is ever in force:
+    what they make of the policy's choice is part of the environment, just as what the base makes of the code is. So
+    the policy gradient, of the choice's own log-probability, is that of the limited agent's success, without the
+    normaliser of a truncated Gaussian, which for a union of cells no formula gives.
     """
 
     def __init__(
@@ -51,12 +55,13 @@ class InternalAgent:
         temperature: float = 0.0,
         deterministic: bool = False,
         forget: bool = False,
+        limits: Limits | None = None,
     ):
         self.steered, self.module, self.temperature = steered, policy, temperature
-        self.deterministic, self.forget = deterministic, forget
+        self.deterministic, self.forget, self.limits = deterministic, forget, limits
 
     def play(self, environment: BatchEnvironment, generator: torch.Generator) -> tuple[Rollout, Decisions]:
-        actor = PolicyActor(self.module, len(environment), generator, self.deterministic)
+        actor = PolicyActor(self.module, len(environment), generator, self.deterministic, self.limits)
         result = rollout(self.steered, environment, actor, self.temperature, self.forget, generator)
         return result, Decisions(*actor.segments())
 

@@ -17,6 +17,7 @@ from gymnasium.spaces import Box, Discrete, MultiBinary
 from numpy.typing import NDArray
 from torch import Tensor
 
+from internalrl.metacontroller.limits import Limits
 from internalrl.metacontroller.rollout import choose
 from internalrl.metacontroller.steered import Decoding, SteeredModel
 
@@ -40,9 +41,11 @@ class InternalEnvironment(gymnasium.Env[Array, Array]):
         code_bound: largest absolute value in a code; discovery makes codes resemble draws from N(0, I).
         temperature: of the base model's actions; 0 is greedy.
         forget: cut the base model's context at every switch, as `train.reinforce` does by default.
+        limits: codes that they deny are projected; so no denied code is ever in force.
 
     Raises:
         ValueError: environment and base model do not fit each other, or a code is not in the action space.
+        InternalRLError: the limits switch steering off for denied codes, which an action cannot.
         RuntimeError: `step` without an episode that is still going on.
     """
 
@@ -53,10 +56,13 @@ class InternalEnvironment(gymnasium.Env[Array, Array]):
         code_bound: float = 4.0,
         temperature: float = 0.0,
         forget: bool = True,
+        limits: Limits | None = None,
     ) -> None:
         _require_fit(steered, environment)
         self.steered, self.environment = steered, environment
-        self.temperature, self.forget = temperature, forget
+        self.temperature, self.forget, self.limits = temperature, forget, limits
+        if limits is not None:
+            limits.require_codes()
         self.metadata, self.render_mode = environment.metadata, environment.render_mode
         meta = steered.metacontroller
         self.action_space = Box(-code_bound, code_bound, (meta.config.n_z,), np.float32)
@@ -83,6 +89,8 @@ class InternalEnvironment(gymnasium.Env[Array, Array]):
         if not self.action_space.contains(code):
             raise ValueError(f"the code is {action!r}; expected a member of {self.action_space}, so clip it.")
         proposal = torch.from_numpy(code)[None]
+        if self.limits is not None:
+            proposal = self.limits.decide(proposal).codes
         total, length, switch, ended = 0.0, 0, False, False
         while not (switch or ended):
             step = self.steered.step(self._observation, self._decoding, lambda rows, x: proposal)

@@ -17,6 +17,7 @@ from internalrl.domains.grid import GridBatch, GridConfig, parse_task, sample_la
 from internalrl.internal_rl.agents import Agent, InternalAgent, RawActionAgent
 from internalrl.internal_rl.objective import advantages, clipped_surrogate
 from internalrl.loop import Loop, optimise
+from internalrl.metacontroller.limits import Limits, load_limits
 from internalrl.metacontroller.policy import Policy
 from internalrl.metacontroller.rollout import BatchEnvironment
 from internalrl.metacontroller.steered import SteeredModel
@@ -34,9 +35,14 @@ def main(config: ReinforceConfig, run: RunFolder) -> dict[str, Any]:
     """Reinforce the steered model of another run on a task; save base and adapter to `run`."""
     torch.manual_seed(run.seed)
     steered = load_steered(config)
-    summary = reinforce(make_agent(steered, config), grid_environments(steered, config, run.seed), config, run)
+    limits = read_limits(config)
+    agent = make_agent(steered, config, limits)
+    summary = reinforce(agent, grid_environments(steered, config, run.seed), config, run)
     save_trajectory_model(steered.base, run.path / "base")
     steered.save_pretrained(run.path / "adapter", {"reinforce": {"task": config.task, "seed": run.seed}})
+    if limits is not None:
+        limits.save(run.path / "adapter")
+        summary["violations"] = dict(limits.counts)
     return summary
 
 
@@ -44,10 +50,20 @@ def load_steered(config: ReinforceConfig) -> SteeredModel:
     """The steered model of `config`; InternalRLError where there is none, ValueError if its grid has no such task."""
     steered = SteeredModel.from_pretrained(config.discovered / "base", config.discovered / "adapter")
     parse_task(config.task, steered.base.config.grid)
+    read_limits(config)
     return steered
 
 
-def make_agent(steered: SteeredModel, config: ReinforceConfig) -> Agent:
+def read_limits(config: ReinforceConfig) -> Limits | None:
+    """The limits of `config`, checked against the adapter that it names; InternalRLError where they do not fit."""
+    if config.limits is None:
+        return None
+    limits = load_limits(config.limits, config.discovered / "adapter")
+    limits.require_codes()
+    return limits
+
+
+def make_agent(steered: SteeredModel, config: ReinforceConfig, limits: Limits | None = None) -> Agent:
     """The agent that `config` names, on `steered`; an internal agent's policy becomes part of `steered`."""
     if not config.controller:
         torch.nn.init.zeros_(steered.metacontroller.up)
@@ -55,7 +71,7 @@ def make_agent(steered: SteeredModel, config: ReinforceConfig) -> Agent:
         return RawActionAgent(steered)
     meta = steered.metacontroller
     steered.policy = Policy(meta.width, meta.config.n_z, config.policy_hidden, config.initial_std)
-    return InternalAgent(steered, steered.policy, config.temperature, forget=config.forget)
+    return InternalAgent(steered, steered.policy, config.temperature, forget=config.forget, limits=limits)
 
 
 def grid_environments(steered: SteeredModel, config: ReinforceConfig, seed: int) -> Environments:
@@ -81,6 +97,8 @@ def reinforce(
     for iteration in loop:
         result, decisions = agent.play(environments(iteration), Stream.REINFORCE.torch(run.seed, iteration))
         advantage = advantages(result.reward)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, 2 * (1 - iteration / iterations))
         for epoch in range(config.epochs if advantage.any() else 0):  # equal rewards: nothing to learn from
             log_prob = agent.log_prob(decisions)
             if epoch == 0:

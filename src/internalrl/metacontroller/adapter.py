@@ -137,14 +137,14 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> Adapter:
     Raises InternalRLError, naming the file, when it is missing, truncated, changed, not of the sizes or the base
     that its config tells, of another version, or of another library.
     """
-    config = _read_config(Path(folder) / CONFIG_FILE)
+    config = read_config(Path(folder) / CONFIG_FILE)
     fingerprint = base_fingerprint(base)
     if config.base_fingerprint != fingerprint:
         raise InternalRLError(
             f"Adapter {folder} was trained on the base with fingerprint {config.base_fingerprint[:16]}, but "
             f"this {type(base).__name__} has {fingerprint[:16]}; load the base that it was trained on."
         )
-    tensors = _read_tensors(Path(folder) / TENSOR_FILE, config.tensors_sha256)
+    tensors = read_tensors(Path(folder) / TENSOR_FILE, config.tensors_sha256)
     with torch.device("meta"):  # shapes alone: the tensors come from the file, no random number is drawn
         adapter = Adapter(base, config.metacontroller)
         if config.policy_hidden is not None:
@@ -164,7 +164,8 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> Adapter:
     return adapter
 
 
-def _read_tensors(file: Path, sha256: str) -> dict[str, Tensor]:
+def read_tensors(file: Path, sha256: str) -> dict[str, Tensor]:
+    """The tensors of an adapter; InternalRLError unless they are whole, finite and of that SHA-256."""
     data = _read(file)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise InternalRLError(
@@ -190,7 +191,8 @@ def _read(file: Path) -> bytes:
         ) from error
 
 
-def _read_config(file: Path) -> AdapterConfig:
+def read_config(file: Path) -> AdapterConfig:
+    """The content of an adapter_config.json; InternalRLError for one that this version cannot use."""
     try:
         values = json.loads(_read(file))
     except (ValueError, RecursionError) as error:

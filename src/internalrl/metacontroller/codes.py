@@ -1,6 +1,7 @@
 """Which code next? Drawn from prior or policy, given beforehand, or asked of anyone, row by row (paper, C.5).
 
-The first two answer for the whole batch and never ask the device whether a row has switched: decoding does not wait.
+The first two answer for the whole batch and hardly ever ask the device whether a row has switched: decoding does not
+wait. Their rows can come and go: `select` keeps some, `join` adds those of another batch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from internalrl.errors import InternalRLError
 from internalrl.metacontroller.model import gru_step
@@ -43,17 +45,34 @@ class Drawn:
     """
 
     def __init__(self, noise: RowNoise, temperature: float = 1.0, policy: Policy | None = None):
-        self.noise, self.temperature, self.policy = noise, temperature, policy
-        if policy is not None:
-            self.hidden = policy.log_std.new_zeros(len(noise), policy.hidden)
+        self.noise, self.policy = noise, policy
+        self.temperature = noise.table.new_full((len(noise), 1), temperature)
+        self.hidden = noise.table.new_zeros(len(noise), 0 if policy is None else policy.hidden)
 
     def __call__(self, switch: Tensor, x: Tensor, code: Tensor) -> Tensor:
-        proposal = self.temperature * self.noise.next(switch)
+        if switch.device.type == "cpu" and not switch.any():  # where asking is for free
+            return code
         if self.policy is not None:
             hidden = gru_step(self.policy.recurrent, x, self.hidden)
             self.hidden = torch.where(switch[:, None], hidden, self.hidden)
-            proposal = self.policy.mean(hidden) + self.policy.log_std.exp() * proposal
-        return torch.where(switch[:, None], proposal, code)
+        return torch.where(switch[:, None], self.draw(switch), code)
+
+    def draw(self, switch: Tensor) -> Tensor:
+        """Codes (B, n_z) for the segments that have just begun where `switch` (B,) is True; each call draws anew."""
+        proposal = self.temperature * self.noise.next(switch)
+        if self.policy is not None:
+            proposal = self.policy.mean(self.hidden) + self.policy.log_std.exp() * proposal
+        return proposal
+
+    def select(self, rows: list[int]) -> None:
+        self.noise.select(rows)
+        self.temperature, self.hidden = self.temperature[rows], self.hidden[rows]
+
+    def join(self, other: Drawn) -> None:
+        """Add the rows of `other`, which draws from the same policy."""
+        self.noise.join(other.noise)
+        self.temperature = torch.cat([self.temperature, other.temperature])
+        self.hidden = torch.cat([self.hidden, other.hidden])
 
 
 class Given:
@@ -63,11 +82,24 @@ class Given:
         self.codes = codes
         self.rows = torch.arange(len(codes), device=codes.device)
         self.segment = torch.zeros_like(self.rows)
+        self.last = torch.full_like(self.rows, codes.shape[1] - 1)
 
     def __call__(self, switch: Tensor, x: Tensor, code: Tensor) -> Tensor:
-        proposal = self.codes[self.rows, self.segment.clamp(max=self.codes.shape[1] - 1)]
+        proposal = self.codes[self.rows, self.segment.minimum(self.last)]
         self.segment += switch
         return torch.where(switch[:, None], proposal, code)
+
+    def select(self, rows: list[int]) -> None:
+        self.codes, self.segment, self.last = self.codes[rows], self.segment[rows], self.last[rows]
+        self.rows = torch.arange(len(rows), device=self.codes.device)
+
+    def join(self, other: Given) -> None:
+        """Add the rows of `other`."""
+        most = max(self.codes.shape[1], other.codes.shape[1])
+        padded = [F.pad(codes, (0, 0, 0, most - codes.shape[1])) for codes in (self.codes, other.codes)]
+        self.codes, self.last = torch.cat(padded), torch.cat([self.last, other.last])
+        self.segment = torch.cat([self.segment, other.segment])
+        self.rows = torch.arange(len(self.codes), device=self.codes.device)
 
 
 class RowNoise:
@@ -83,24 +115,51 @@ class RowNoise:
 
     def __init__(self, seeds: Sequence[int], n_z: int, like: Tensor):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.rows = torch.arange(len(seeds), device=like.device)
-        self.segment = torch.zeros_like(self.rows)
-        self.table = like.new_empty(len(seeds), 0, n_z)
-        self.asked = 0
+        self.drawn = [torch.empty(0, n_z) for _ in seeds]
+        self.segment = torch.zeros(len(seeds), dtype=torch.long, device=like.device)  # the next of a row's `drawn`
+        self._clear(like)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.segment)
 
     def next(self, switch: Tensor) -> Tensor:
         """(B, n_z) for the segments that begin where `switch` (B,) is True; what others get is not used up."""
-        if self.asked == self.table.shape[1]:  # no row can have more segments than there were questions
-            shape = SEGMENTS, self.table.shape[2]
-            fresh = torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
-            self.table = torch.cat([self.table, fresh.to(self.table)], 1)
+        if self.asked == self.table.shape[1]:  # no row can have used more vectors than there were questions
+            self._refill()
         self.asked += 1
         vector = self.table[self.rows, self.segment]
         self.segment += switch
         return vector
+
+    def select(self, rows: list[int]) -> None:
+        self.generators = [self.generators[row] for row in rows]
+        self.drawn = [self.drawn[row] for row in rows]
+        self.segment = self.segment[rows]
+        self._clear(self.table)
+
+    def join(self, other: RowNoise) -> None:
+        """Add the rows of `other`."""
+        self.generators = self.generators + other.generators
+        self.drawn = self.drawn + other.drawn
+        self.segment = torch.cat([self.segment, other.segment])
+        self._clear(self.table)
+
+    def _clear(self, like: Tensor) -> None:
+        """Empty the table (B, S, n_z) of the rows' next vectors."""
+        self.table = like.new_empty(len(self), 0, self.drawn[0].shape[1])
+        self.rows = torch.arange(len(self), device=like.device)
+        self.asked = 0
+
+    def _refill(self) -> None:
+        for row, used in enumerate(self.segment.tolist()):
+            left = self.drawn[row][used:]
+            if len(left) < SEGMENTS:
+                more = torch.randn(SEGMENTS, left.shape[1], generator=self.generators[row])
+                left = torch.cat([left, more])
+            self.drawn[row] = left
+        self.segment = torch.zeros_like(self.segment)
+        self.table = torch.stack([left[:SEGMENTS] for left in self.drawn]).to(self.table)
+        self.asked = 0
 
 
 def row_seeds(

@@ -74,7 +74,7 @@ def generate(
     _refuse_options(settings, inputs)
     input_ids, mask = _prompts(base, input_ids, attention_mask, settings)
     batch, copies = len(input_ids), asked or settings.num_return_sequences or 1
-    codes, settings.num_return_sequences = _per_segment(codes, batch), 1
+    codes, settings.num_return_sequences = per_segment(codes, batch), 1
     if copies > 1:
         input_ids, mask, codes = (_repeat(value, batch, copies) for value in (input_ids, mask, codes))
         inputs = {name: _repeat(value, batch, copies) for name, value in inputs.items()}
@@ -86,7 +86,7 @@ def generate(
     padded = None if mask.all() else mask
     steerings = [
         share.deciding(
-            _chooser(share, steering, codes, code_temperature, seeds), len(input_ids), input_ids.shape[1] - 1, padded
+            chooser(share, steering, codes, code_temperature, seeds), len(input_ids), input_ids.shape[1] - 1, padded
         )
         for share in shares
     ]
@@ -118,7 +118,7 @@ def deciding(shares: Sequence[Share], batch: int, inputs: dict[str, Any]) -> lis
         )
     mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     seeds = row_seeds(None, batch)
-    return [share.deciding(_chooser(share, None, None, 1.0, seeds), batch, mask=mask) for share in shares]
+    return [share.deciding(chooser(share, None, None, 1.0, seeds), batch, mask=mask) for share in shares]
 
 
 def _settings(
@@ -215,7 +215,7 @@ def _heeds_padding(base: PreTrainedModel) -> bool:
     return _heeding[base]
 
 
-def _per_segment(codes: Tensor | None, batch: int) -> Tensor | None:
+def per_segment(codes: Tensor | None, batch: int) -> Tensor | None:
     """Codes as one per row and segment, (B, S, n_z)."""
     if codes is None:
         return None
@@ -236,7 +236,7 @@ def _repeat(value: Any, batch: int, copies: int) -> Any:
     return value.repeat_interleave(copies, 0) if per_row else value
 
 
-def _chooser(
+def chooser(
     share: Share, steering: Source | None, codes: Tensor | None, temperature: float, seeds: Sequence[int]
 ) -> Choose:
     """Who chooses the codes of a share; `codes` and `seeds` have an entry per row of the whole batch."""

@@ -54,6 +54,11 @@ class MetacontrollerState:
     def select(self, rows: Tensor) -> MetacontrollerState:
         return MetacontrollerState(self.history[rows], self.code[rows], self.started[rows])
 
+    def join(self, other: MetacontrollerState) -> MetacontrollerState:
+        """The rows of both, those of `other` last."""
+        pairs = (self.history, other.history), (self.code, other.code), (self.started, other.started)
+        return MetacontrollerState(*(torch.cat(pair) for pair in pairs))
+
 
 class Metacontroller(nn.Module):
     """Reads the residual stream e (B, T, n_e), decides when to switch to a new code, and steers with the code.
@@ -140,6 +145,16 @@ class Metacontroller(nn.Module):
         """h_{t-1} for every t: (B, T, n_h), zero at the first real step; `mask` as in `remember`."""
         return F.pad(self.remember(x, mask=mask)[:, :-1], (0, 0, 1, 0))
 
+    def summarise_segments(self, x: Tensor, segments: Tensor) -> Tensor:
+        """`summarise` for a history that begins anew where the segment numbers (B, T) change."""
+        history, before = x.new_zeros(len(x), self.config.n_h), []
+        for t in range(x.shape[1]):
+            if t:
+                history = history * (segments[:, t] == segments[:, t - 1])[:, None]
+            before.append(history)
+            history = gru_step(self.history, x[:, t], history)
+        return torch.stack(before, 1)
+
     def slow_features(self, inferred: Tensor) -> Tensor:
         """What persists of what the base has inferred: (B, T, n_e) from `SteeredModel.inferred` -> (B, T, k).
 
@@ -224,8 +239,8 @@ class Metacontroller(nn.Module):
         """
         f = F.pad(F.relu(self.features(code)), (0, 1), value=1.0)
         inner = (residual.to(self.down.dtype) @ self.down + self.offset).unflatten(-1, (self.config.rank, -1))
-        inner = torch.einsum("...rk,...k->...r", inner, f)
-        change = torch.einsum("...r,...k->...rk", inner, f).flatten(-2) @ self.up
+        inner = inner @ f[..., None]
+        change = (inner * f[..., None, :]).flatten(-2) @ self.up
         return residual + change.to(residual.dtype)
 
     # -- one step at a time -------------------------------------------------------------------------------

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from internalrl.metacontroller.model import gru_step
+
+if TYPE_CHECKING:
+    from internalrl.metacontroller.limits import Limits
 
 
 class Policy(nn.Module):
@@ -46,10 +50,24 @@ class PolicyActor:
         policy: it is not changed.
         episodes: number of rows of the batch.
         deterministic: propose the mean instead of a sample.
+        limits: applied to what the policy chose: no code that they deny is ever proposed. What is remembered is the
+            policy's choice, of which alone it knows the probability; what the limits make of it is the environment's.
+
+    Raises:
+        InternalRLError: the limits switch steering off for denied codes, which a proposal cannot.
     """
 
-    def __init__(self, policy: Policy, episodes: int, generator: torch.Generator, deterministic: bool = False):
-        self.policy, self.generator, self.deterministic = policy, generator, deterministic
+    def __init__(
+        self,
+        policy: Policy,
+        episodes: int,
+        generator: torch.Generator,
+        deterministic: bool = False,
+        limits: Limits | None = None,
+    ):
+        if limits is not None:
+            limits.require_codes()
+        self.policy, self.generator, self.deterministic, self.limits = policy, generator, deterministic, limits
         self.hidden = torch.zeros(episodes, policy.recurrent.hidden_size)
         self.events: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -57,11 +75,15 @@ class PolicyActor:
     def __call__(self, rows: Tensor, x: Tensor) -> Tensor:
         hidden = gru_step(self.policy.recurrent, x, self.hidden[rows])
         self.hidden[rows] = hidden
-        code = self.policy.mean(hidden)
-        if not self.deterministic:
-            code = code + self.policy.log_std.exp() * torch.randn(code.shape, generator=self.generator)
+        code = self.policy.mean(hidden) if self.deterministic else self._draw(hidden)
         self.events.append((rows, x, code))
-        return code
+        if self.limits is None:
+            return code
+        return self.limits.decide(code, lambda denied: self._draw(hidden[denied])).codes
+
+    def _draw(self, hidden: Tensor) -> Tensor:
+        mean = self.policy.mean(hidden)
+        return mean + self.policy.log_std.exp() * torch.randn(mean.shape, generator=self.generator)
 
     def segments(self) -> tuple[Tensor, Tensor, Tensor]:
         """What was read (N, S, n_e), the codes chosen (N, S, n_z) and the mask (N, S) of real switches."""

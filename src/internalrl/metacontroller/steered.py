@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from internalrl.metacontroller.codes import Propose
 from internalrl.metacontroller.decoding import Decoding, Step
 from internalrl.metacontroller.model import Metacontroller
 from internalrl.metacontroller.policy import Policy
-from internalrl.metacontroller.steering import Share
+from internalrl.metacontroller.steering import Share, open_taps
 from internalrl.stages import MetacontrollerConfig
 
 __all__ = ["Decoding", "Propose", "SteeredModel", "Step"]
@@ -152,17 +152,8 @@ class SteeredModel(nn.Module):
 
     @contextmanager
     def open_taps(self, *parts: tuple[ResidualTap, Steer]) -> Iterator[None]:
-        """While open, forward passes of the base continue, at each tap, from what its function makes of e.
-
-        The functions compute in their own precision, also where the base runs under autocast.
-        """
-        if parts and getattr(self.base, "_compiled_call_impl", None) is not None:
-            raise InternalRLError(
-                "The base was compiled in place, and torch.compile does not see the tap; load it anew, uncompiled."
-            )
-        with ExitStack() as stack:
-            for tap, steer in parts:
-                stack.enter_context(tap.steering(_without_autocast(steer)))
+        """While open, forward passes of the base are steered; see `steering.open_taps`."""
+        with open_taps(self.base, *parts):
             yield
 
     @torch.no_grad()
@@ -243,11 +234,3 @@ class SteeredModel(nn.Module):
                 rows = [row for row, own in enumerate(adapter_names) if own == name]
                 shares.append(Share(self._named(name), torch.tensor(rows, device=self.base.device)))
         return shares
-
-
-def _without_autocast(steer: Steer) -> Steer:
-    def steer_precisely(residual: Tensor) -> Tensor:
-        with torch.autocast(residual.device.type, enabled=False):
-            return steer(residual)
-
-    return steer_precisely

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from internalrl.base.residual import ResidualTap, Steer
 from internalrl.errors import InternalRLError
@@ -102,7 +104,7 @@ class Share:
         rows = self.rows
         if rows is None:
             return self.adapter.tap, steer
-        return self.adapter.tap, lambda residual: residual.index_copy(0, rows, steer(residual[rows]))
+        return self.adapter.tap, lambda residual: residual.index_copy(0, rows, steer(residual.index_select(0, rows)))
 
     def deciding(self, choose: Choose, batch: int, prompt: int = 0, mask: Tensor | None = None) -> Steering:
         """Steers as the metacontroller decides; `prompt` and `mask`, of the whole batch, as in `Steering`."""
@@ -121,3 +123,29 @@ class Share:
             return steered if here is None else torch.where(here, steered, residual)
 
         return steer
+
+
+@contextmanager
+def open_taps(base: nn.Module, *parts: tuple[ResidualTap, Steer]) -> Iterator[None]:
+    """While open, forward passes of the base continue, at each tap, from what its function makes of e.
+
+    The functions compute in their own precision, also where the base runs under autocast.
+    """
+    if parts and getattr(base, "_compiled_call_impl", None) is not None:
+        raise InternalRLError(
+            "The base was compiled in place, and torch.compile does not see the tap; load it anew, uncompiled."
+        )
+    with ExitStack() as stack:
+        for tap, steer in parts:
+            stack.enter_context(tap.steering(_without_autocast(steer)))
+        yield
+
+
+def _without_autocast(steer: Steer) -> Steer:
+    def steer_precisely(residual: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(residual.device.type):
+            return steer(residual)
+        with torch.autocast(residual.device.type, enabled=False):
+            return steer(residual)
+
+    return steer_precisely

@@ -1,0 +1,1 @@
+"""Steered models behind an API: engine, server, registry, audit, limits."""

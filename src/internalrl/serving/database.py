@@ -1,0 +1,111 @@
+"""A database through SQLAlchemy: SQLite in a file, or PostgreSQL by URL; one sentence for what fails."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, MetaData, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from internalrl.errors import InternalRLError
+from internalrl.files import write_errors
+
+_PATIENCE = 30.0
+"""Seconds that a writer of SQLite waits for another one."""
+
+
+class Database:
+    """Tables of `schema` at `url`, made where they are missing; without a URL, an SQLite file.
+
+    Threads and processes may share it. Raises InternalRLError, then and later, when it cannot be reached.
+    """
+
+    def __init__(self, url: str | None, file: Path, schema: MetaData):
+        address = make_url(f"sqlite:///{file}") if url is None else _parse(url)
+        self.shown = address.render_as_string(hide_password=True)
+        self.postgres = address.get_backend_name() == "postgresql"
+        if not self.postgres:
+            if address.get_backend_name() != "sqlite" or not address.database or address.database == ":memory:":
+                raise InternalRLError(f"{self.shown} is no database for this; give sqlite:///FILE or postgresql://….")
+            with write_errors(address.database):
+                Path(address.database).parent.mkdir(parents=True, exist_ok=True)
+        options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 5}}
+        if not self.postgres:
+            options = {"connect_args": {"timeout": _PATIENCE, "isolation_level": None}}
+        try:
+            engine = create_engine(address, **options)
+        except ModuleNotFoundError as error:
+            raise InternalRLError("PostgreSQL needs psycopg; pip install 'internalrl[postgres]'.") from error
+        self._reader: Engine = engine
+        if self.postgres:
+            self._reader = engine.execution_options(isolation_level="REPEATABLE READ")
+        else:
+            event.listen(engine, "connect", _prepare)
+            event.listen(engine, "begin", _begin)
+        self._writer = engine.execution_options(writes=True)
+        with self.writing() as connection:
+            if self.postgres:  # two processes that create a table at once would meet an error
+                connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('internalrl schema'))"))
+            schema.create_all(connection)
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that sees one state throughout."""
+        with self._sentences(), self._reader.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction, committed at the end of the block and undone by an exception; the only writer of SQLite."""
+        with self._sentences(), self._writer.begin() as connection:
+            yield connection
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._writer.dispose()
+
+    @contextmanager
+    def _sentences(self) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError as error:
+            reason = str(getattr(error, "orig", None) or error).strip().split("\n")[0].rstrip(".")
+            raise InternalRLError(f"Database {self.shown} failed: {reason}; check that it can be reached.") from error
+
+
+def _parse(url: str) -> Any:
+    try:
+        address = make_url(url)
+        if address.drivername in ("postgres", "postgresql"):
+            address = address.set(drivername="postgresql+psycopg")
+        address.get_dialect()
+    except (ArgumentError, SQLAlchemyError) as error:
+        raise InternalRLError("That is no database URL; give sqlite:///FILE or postgresql://USER@HOST/NAME.") from error
+    except ModuleNotFoundError as error:
+        raise InternalRLError("PostgreSQL needs psycopg; pip install 'internalrl[postgres]'.") from error
+    return address
+
+
+def _prepare(connection: Any, _: Any) -> None:
+    """Readers beside a writer. Changing to that mode does not wait for other processes by itself."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _begin(connection: Connection) -> None:
+    # The driver is told not to begin transactions: it would take the lock late, and fail instead of waiting.
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
