@@ -10,7 +10,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from tests.language import from_config, steer
 
 END = "<end>"
-CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,8 @@ from torch import Tensor
 from internalrl.cli import main
 from internalrl.errors import InternalRLError
 from internalrl.metacontroller.limits import Limits, LimitsConfig, limits_of, load_limits
+from internalrl.metacontroller.policy import PolicyActor
+from internalrl.metacontroller.steered import SteeredModel
 from internalrl.metacontroller.strategies import Library, load_library, meaning_of, read_library
 from internalrl.serving.strategies_fit import Sample, fit
 from tests.served import save_adapter, save_base, served_base
@@ -445,3 +449,37 @@ def test_mistakes_on_the_command_line(
     told = capsys.readouterr().err
     assert message in told
     assert "Traceback" not in told
+
+
+def test_the_documented_limits_are_read(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (text,) = (block for block in re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S) if "on_denied" in block)
+    own_library(served / "adapter")
+    named = read_library(served / "adapter" / "strategies.json").renamed(1, "delete a file").renamed(2, "open a file")
+    named.save(served / "adapter" / "strategies.json")
+    monkeypatch.setitem(sys.modules, "mypackage", types.ModuleType("mypackage"))
+    checks = types.ModuleType("mypackage.checks")
+    checks.no_passwords = no_digits  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mypackage.checks", checks)
+    made = load_limits(write(tmp_path, text), served / "adapter")
+    told = made.decide(3 * torch.eye(N_Z)).violations
+    assert told == ["denied delete a file: project", "review open a file", None]
+    assert made.config == LimitsConfig(
+        {"delete a file": "deny", "open a file": "review"}, filters=("mypackage.checks:no_passwords",)
+    )
+
+
+def test_generation_within_limits(served: Path) -> None:
+    """A policy's actor with limits is one that `generate` can ask for codes."""
+    steered = SteeredModel.from_pretrained(served / "base", served / "adapter")
+    own_library(served / "adapter")
+    made = denying(read_library(served / "adapter" / "strategies.json"), 2)
+    assert steered.policy is not None
+    prompts = torch.randint(1, 200, (6, 4))
+    codes = {}
+    for name, limits in {"free": None, "limited": made}.items():
+        actor = PolicyActor(steered.policy, 6, torch.Generator().manual_seed(0), limits=limits)
+        _, trace = steered.generate(prompts, steering=actor, max_new_tokens=8, do_sample=False, return_trace=True)
+        codes[name] = torch.stack([segment.code for row in trace.segments for segment in row])
+    assert not made.allows(codes["free"]).all()
+    assert made.allows(codes["limited"]).all()

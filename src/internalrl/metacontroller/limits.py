@@ -228,7 +228,7 @@ def limits_of(adapter: str | Path, file: str | Path | None = None) -> Limits | N
     if trained.exists():
         if (config := _read(trained)).filters or config.library is not None:
             raise InternalRLError(
-                f"{trained} names filters or a library, which no adapter may: it could come from anywhere, and must not "
+                f"{trained} names filters or a library, which no adapter may: it can come from anywhere, and must not "
                 "say which functions are called; name them in limits of your own."
             )
         return load_limits(trained, adapter)

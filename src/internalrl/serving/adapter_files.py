@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internalrl.configio import load_yaml
 from internalrl.errors import InternalRLError
 from internalrl.files import PARTIAL, write_errors, write_together
 
@@ -67,9 +66,7 @@ class AdapterFiles:
             # What is checked is the copy: nobody can exchange it any more.
             config = read_config(copy / CONFIG_FILE)
             read_tensors(copy / TENSOR_FILE, config.tensors_sha256)
-            if LIMITS_FILE in names:
-                _refuse_references(copy / LIMITS_FILE)
-            limits_of(copy)
+            limits_of(copy)  # refuses what does not fit, and limits that name functions to call or other files
             yield Copied(config, _content_hash(copy), copy)
         finally:
             shutil.rmtree(copy, ignore_errors=True)
@@ -106,15 +103,6 @@ def _content_hash(folder: Path) -> str:
         if file.name != TENSOR_FILE:
             digest.update(f"{hashlib.sha256(_read(file)).hexdigest()} {file.name}\n".encode())
     return digest.hexdigest()
-
-
-def _refuse_references(limits: Path) -> None:
-    """Adapters come from anywhere: what they bring must not say which functions are called, or files read."""
-    values = load_yaml(limits)
-    if named := [name for name in ("filters", "library") if values.get(name)]:
-        raise InternalRLError(
-            f"{limits.name} of an adapter must not name {' and '.join(named)}; give those to `serve --limits`."
-        )
 
 
 def _read(file: Path) -> bytes:

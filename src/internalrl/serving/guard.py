@@ -117,6 +117,7 @@ class Guard:
                 await Problem(408, "The answer took too long.", code="deadline").response()(scope, receive, send)
             elif abort := scope["state"].get("abort"):
                 abort()  # closing it would wait for a reader that may never read
+                await asyncio.wait({gone})
             return None
         finally:
             gone.cancel()

@@ -79,7 +79,8 @@ def rate_limited(what: str, wait: float) -> Problem:
 
 def failed() -> Problem:
     """The server's own mistake; its log has the details."""
-    return Problem(500, "The server failed on this request; its log says why.", code="internal_error")
+    message = "The server failed on this request; its log says why."
+    return Problem(500, message, code="internal_error", headers={"Connection": "close"})  # uvicorn will close it
 
 
 async def answer_problem(_: Request, error: Exception) -> Response:

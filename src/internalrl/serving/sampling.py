@@ -43,12 +43,10 @@ class Sampler:
 
     def __init__(self, requests: Sequence[Request], generators: Sequence[torch.Generator], device: torch.device):
         warm = [row for row, request in enumerate(requests) if request.temperature >= COLDEST]
+        temperatures = [request.temperature if request.temperature >= COLDEST else 1.0 for request in requests]
         self.rows, self.device = len(requests), device
         self.generators = [(row, generators[row]) for row in warm]
-        self.warm = torch.zeros(self.rows, dtype=torch.bool)
-        self.warm[warm] = True
-        self.all_warm, self.any_warm, self.warm = len(warm) == self.rows, bool(warm), self.warm.to(device)
-        temperatures = [request.temperature if row in set(warm) else 1.0 for row, request in enumerate(requests)]
+        self.greedy = torch.tensor([request.temperature < COLDEST for request in requests], device=device)
         self.temperature = None
         if any(temperature != 1 for temperature in temperatures):
             self.temperature = torch.tensor(temperatures, device=device)[:, None]
@@ -63,11 +61,9 @@ class Sampler:
         shifted = logits - logits.amax(-1, keepdim=True)
         weights = shifted.exp()
         log_total = weights.sum(-1).log()
-        if self.any_warm:
-            chosen = self._race(self._weights(shifted, weights))
-            numbers = chosen if self.all_warm else torch.where(self.warm, chosen, logits.argmax(-1))
-        else:
-            numbers = logits.argmax(-1)
+        numbers = logits.argmax(-1)
+        if self.generators:
+            numbers = torch.where(self.greedy, numbers, self._race(self._weights(shifted, weights)))
         logprobs = shifted.gather(1, numbers[:, None]).squeeze(1) - log_total
         return Drawn(numbers.tolist(), logprobs.tolist(), self._tops(shifted, log_total))
 

@@ -67,7 +67,8 @@ class Keys:
     """The keys in the registry's database: SQLite in `folder`, or the one at `url`."""
 
     def __init__(self, folder: str | Path, url: str | None = None):
-        self._database = Database(url, Path(folder).absolute() / "registry.db", _schema)
+        self.folder = Path(folder).absolute()
+        self._database = Database(url, self.folder / "registry.db", _schema)
         self._known: Mapping[str, tuple[Key, bytes, bytes]] = MappingProxyType({})
         self.refresh()
 

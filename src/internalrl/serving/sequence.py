@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from internalrl.errors import InternalRLError
 from internalrl.metacontroller.limits import Limits
 from internalrl.serving.group import Group, Opening
-from internalrl.serving.requests import Event, Finished, Request, SegmentRecord, Token
+from internalrl.serving.requests import FAILED, Event, Finished, Request, SegmentRecord, Token
 from internalrl.serving.stream import Stream
 from internalrl.serving.text import Detokenizer, Stops
 
@@ -109,7 +109,7 @@ class Sequence:
             self.finish("error", str(error))
         else:
             log.error("Request %s failed.", self.request.id, exc_info=error)
-            self.finish("error", "The server failed to answer this request; its log tells why.")
+            self.finish("error", FAILED)
 
     def finish(self, reason: Reason, error: str | None = None) -> None:
         """End it: the last segment is told, then the last event."""
@@ -125,7 +125,7 @@ class Sequence:
             self._close()
         except Exception as failure:
             log.error("The last segment of request %s was lost.", self.request.id, exc_info=failure)
-            reason, error = "error", "The server failed to answer this request; its log tells why."
+            reason, error = "error", FAILED
         self.events.append(Finished(reason, rest, tuple(self.segments), error))
 
     def _close(self) -> str | None:

@@ -228,16 +228,18 @@ def _pairs(given: Sequence[str], option: str) -> Mapping[str, str]:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)
-    except OSError as error:
-        raise InternalRLError(
-            f"Cannot serve on {host} port {port} ({error.strerror}); choose another --host or --port."
-        ) from error
+    with ExitStack() as stack:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = stack.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1024)
+        except OSError as error:
+            raise InternalRLError(
+                f"Cannot serve on {host} port {port} ({error.strerror}); choose another --host or --port."
+            ) from error
+        stack.pop_all()
     return listener
 
 

@@ -88,6 +88,8 @@ class Service:
         return self._encode(str(text), special=False)  # the template wrote the special tokens
 
     def _encode(self, text: str, special: bool = True) -> tuple[int, ...]:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise Problem(400, "A text holds half of a surrogate pair; send valid Unicode.")
         with self._tokenizing:
             return tuple(self.engine.tokenizer.encode(text, add_special_tokens=special))
 
