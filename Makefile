@@ -21,7 +21,7 @@ demo: $(INSTALLED) ## all three stages on the grid world, from nothing to runs/d
 		$(wildcard runs/demo/config.json),--resume))
 
 test: $(INSTALLED) fetched ## run the tests; ARGS="-k name" chooses
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 $(ARGS)
 
 check: lint types docs ## lint, types and the commands and links in the documentation
 

@@ -46,3 +46,8 @@ def save_adapter(base: PreTrainedModel, folder: Path, seed: int = 0, policy: boo
     """A random adapter of `base` in `folder`, whose switch fires at about every other token."""
     steer(base, seed, policy).save_pretrained(folder, {"made": {"seed": seed}})
     return folder
+
+
+def not_ascii(text: str) -> str | None:
+    """A filter for limits."""
+    return None if text.isascii() else "not ascii"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from internalrl.base.encoders import GAIN, PlanningEncoder
 from internalrl.base.trajectory import TrajectoryConfig, TrajectoryModel, llama_backbone
 from internalrl.discovery.objective import Coefficients, Episodes, discovery_loss
 from internalrl.domains.grid import GridBatch, GridConfig, Layouts, observe, sample_layouts
@@ -52,6 +53,10 @@ def tiny_base(encoder: str = "planner", seed: int = 0, **options: Any) -> Trajec
     )
     base = TrajectoryModel(config)
     widen(base, 0.4, seed)
+    if isinstance(base.encoder, PlanningEncoder):  # costs as wide as the rest, not GAIN times as wide
+        with torch.no_grad():
+            base.encoder.log_cost /= GAIN
+            base.encoder.log_sharpness /= GAIN
     return base.eval()
 
 

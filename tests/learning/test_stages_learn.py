@@ -4,7 +4,6 @@ broken on purpose does not pass for it."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ SEED = 0
 CONFIG: DemoConfig = from_dict(DemoConfig, load_yaml(Path(__file__).parents[2] / "docs" / "small-grid.yaml"))
 LEAST_F1, LEAST_SUCCESS = 0.6, 0.15
 
-pytestmark = [pytest.mark.learning, pytest.mark.xdist_group("stages")]
+pytestmark = pytest.mark.learning
 
 
 @dataclass
@@ -36,9 +35,9 @@ class Learned:
     switch_f1: float
 
 
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> Learned:
-    run = RunFolder.create(tmp_path_factory.mktemp("runs") / "small", {}, seed=SEED)
+def learn(folder: Path) -> Learned:
+    """Stages 1 and 2."""
+    run = RunFolder.create(folder, {}, seed=SEED)
     torch.manual_seed(SEED)
     base = build(CONFIG.pretrain.base, CONFIG.pretrain.grid)
     pretrain(base, CONFIG.pretrain, run)
@@ -58,17 +57,6 @@ def play(steered: SteeredModel, folder: Path, **changes: Any) -> float:
     return success
 
 
-def test_discovery_aligns_without_labels(learned: Learned) -> None:
-    assert learned.switch_f1 > LEAST_F1
-
-
-def test_internal_rl_learns_what_token_level_rl_does_not(learned: Learned, tmp_path: Path) -> None:
-    """The task is made of transitions that no demonstration shows; both play the same number of episodes."""
-    assert play(copy.deepcopy(learned.steered), tmp_path / "internal") > LEAST_SUCCESS
-    raw = play(copy.deepcopy(learned.steered), tmp_path / "raw", agent="raw-action", controller=False)
-    assert raw < LEAST_SUCCESS / 3
-
-
 def zero_controller(steered: SteeredModel) -> None:
     torch.nn.init.zeros_(steered.metacontroller.up)
 
@@ -78,16 +66,18 @@ def open_gate(steered: SteeredModel) -> None:
     torch.nn.init.constant_(steered.metacontroller.switch_head.bias, 9.0)
 
 
-@pytest.mark.parametrize("sabotage", [zero_controller, open_gate])
-def test_a_broken_metacontroller_fails(
-    sabotage: Callable[[SteeredModel], None], learned: Learned, tmp_path: Path
-) -> None:
-    steered = copy.deepcopy(learned.steered)
-    sabotage(steered)
-    assert play(steered, tmp_path / "run") < LEAST_SUCCESS
-
-
-def test_shuffled_rewards_fail(learned: Learned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_learn_and_sabotage_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task is made of transitions that no demonstration shows; all play the same number of episodes. One test,
+    so that the first two stages are trained once."""
+    learned = learn(tmp_path / "learn")
+    assert learned.switch_f1 > LEAST_F1
+    assert play(copy.deepcopy(learned.steered), tmp_path / "internal") > LEAST_SUCCESS
+    raw = play(copy.deepcopy(learned.steered), tmp_path / "raw", agent="raw-action", controller=False)
+    assert raw < LEAST_SUCCESS / 3
+    for sabotage in (zero_controller, open_gate):
+        steered = copy.deepcopy(learned.steered)
+        sabotage(steered)
+        assert play(steered, tmp_path / sabotage.__name__) < LEAST_SUCCESS
     honest = train.advantages
     monkeypatch.setattr(train, "advantages", lambda reward: honest(reward[torch.randperm(len(reward))]))
-    assert play(copy.deepcopy(learned.steered), tmp_path / "run") < LEAST_SUCCESS
+    assert play(copy.deepcopy(learned.steered), tmp_path / "shuffled") < LEAST_SUCCESS

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from internalrl.base.encoders import UNREACHED, PlanningEncoder
+from internalrl.base.encoders import GAIN, UNREACHED, PlanningEncoder
 from internalrl.base.residual import ResidualTap, find_blocks
 from internalrl.base.trajectory import TrajectoryModel, relative_bucket
 from internalrl.domains.grid import observe
@@ -168,7 +168,7 @@ def test_planner_finds_shortest_paths() -> None:
     """With every free cell at cost 1 and walls far above, the distances are those of breadth-first search."""
     encoder = PlanningEncoder(GRID, WIDTH)
     with torch.no_grad():
-        encoder.log_cost[:, GRID.colors : GRID.empty] = 10.0
+        encoder.log_cost[:, GRID.colors : GRID.empty] = 10.0 / GAIN
     grids = layouts(20).contents
     table = encoder.plan(torch.from_numpy(observe(GRID, grids, np.zeros(20, np.int64)))).detach()
     moves, rest = table.split([4 * GRID.colors, table.shape[-1] - 4 * GRID.colors], -1)

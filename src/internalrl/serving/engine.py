@@ -316,8 +316,11 @@ def _numbers(ids: int | list[int] | None) -> list[int]:
 
 def _group(served: _Served, request: Request, seed: int) -> Group:
     """Steers the request as `SteeredModel.generate` would."""
-    codes = None if request.codes is None else torch.tensor([request.codes], dtype=torch.float)
-    codes = per_segment(codes, 1)
-    choose = chooser(Share(served.adapter, None), request.steering, codes, request.code_temperature, [seed])
+    try:
+        codes = None if request.codes is None else torch.tensor([request.codes], dtype=torch.float)
+    except ValueError as error:
+        raise InternalRLError("The codes differ in their size; give as many numbers for every segment.") from error
+    share = Share(served.adapter, None)
+    choose = chooser(share, request.steering, per_segment(codes, 1), request.code_temperature, [seed])
     assert isinstance(choose, Drawn | Given)
     return Group(served.adapter, choose, served.limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +20,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from internalrl import __version__
 from internalrl.errors import InternalRLError
 from internalrl.serving import audit_page, problems
 from internalrl.serving.audit_store import Query as AuditQuery
@@ -59,7 +59,7 @@ def application(service: Service) -> Guard:
     """The whole of it, for uvicorn."""
     app = FastAPI(
         title="internalrl",
-        version=__version__,
+        version=importlib.metadata.version("internalrl"),
         docs_url=None,  # their pages fetch scripts from elsewhere
         redoc_url=None,
         lifespan=lambda _: _following(service),
