@@ -255,9 +255,9 @@ def test_taking_a_segment_is_quick(tmp_path: Path) -> None:
 
 
 def test_redaction_sees_the_whole_answer(tmp_path: Path) -> None:
-    settings = AuditSettings(redact=(r"\d{4} \d{4}", "[a-z]+@[a-z.]+"))
+    settings = AuditSettings(redact=("quokka wombat", "[a-z]+@[a-z.]+"))
     with closing(Audit(tmp_path, None, settings)) as audit:
-        for index, part in enumerate(["Card 12", "34 56", "78, mail ma", "ria@ex.org", "!"]):
+        for index, part in enumerate(["Card quok", "ka wom", "bat, mail ma", "ria@ex.org", "!"]):
             audit.segment(request("r1"), record(index, part))
         time.sleep(3 * audit_module.FLUSH)
         assert audit.counts()["written"] == 0, "nothing is written before all of it is known"
@@ -265,7 +265,7 @@ def test_redaction_sees_the_whole_answer(tmp_path: Path) -> None:
         until(lambda: audit.counts()["stored"] == 5)
         on_disk = everything_on_disk(tmp_path)
     assert [row[2] for row in stored(tmp_path)] == [f"Card {MARK}", "", f", mail {MARK}", "", "!"]
-    for part in (b"Card 12", b"34 56", b"ria@", b"ex.org", b"78"):
+    for part in (b"quok", b"ka wom", b"bat,", b"ria@", b"ex.org"):
         assert part not in on_disk
 
 
