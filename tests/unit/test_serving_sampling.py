@@ -67,10 +67,10 @@ def test_a_row_draws_the_same_whatever_the_others_do() -> None:
 
 
 def test_differences_in_the_last_digits_hardly_ever_change_a_token() -> None:
-    """Of 4,000 tokens from a flat distribution over 20,000."""
-    rows, changed = 100, 0
+    """Of 1,000 tokens from a flat distribution over 20,000."""
+    rows, changed = 50, 0
     noise = torch.Generator().manual_seed(1)
-    for _ in range(40):
+    for _ in range(20):
         scores = 0.5 * torch.randn(rows, 20_000, generator=noise)
         other = scores * (1 + 2e-7 * torch.randn(scores.shape, generator=noise))
         one, two = sampler(*[request()] * rows), sampler(*[request()] * rows)
