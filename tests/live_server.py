@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ def serving(config: ServeConfig, folder: Path) -> Iterator[Served]:
     """A server with these options, until the block ends."""
     with ExitStack() as stack:
         listener = listen(config.host, config.port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)  # so that slow readers are soon noticed
         stack.callback(listener.close)
         app = build(config, stack)
         server = uvicorn.Server(uvicorn_config(app, config.bounds))
