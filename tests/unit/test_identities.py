@@ -145,7 +145,8 @@ def test_forgetting_is_a_full_forward_with_segments(steered: SteeredModel, obser
     decoded, decoding = decode(steered, observations, codes(BATCH, STEPS), forget=True)
     assert varied(decoded.switch)
     segments = forgetful_segments(decoded.switch)
-    assert torch.equal(decoding.segments.diff(dim=1) != 0, segments.diff(dim=1) != 0)
+    kept = decoding.cache.length
+    assert torch.equal(decoding.segments.diff(dim=1) != 0, segments[:, -kept:].diff(dim=1) != 0)
     residual = steered.residual(observations, segments)
     close(decoded.logits, steered(residual, decoded.code, segments=segments))
     remembered, _ = decode(steered, observations, codes(BATCH, STEPS))
@@ -173,7 +174,8 @@ def test_a_fresh_context_does_not_fire(steered: SteeredModel, observations: Tens
     proposals = codes(BATCH, STEPS)
     remembered, _ = decode(steered, observations, proposals)
     assert remembered.switch.all()
-    decoded, _ = decode(steered, observations, proposals, forget=True)
+    decoded, decoding = decode(steered, observations, proposals, forget=True)
+    assert decoding.cache.length <= 2, "steps that nobody can see any more are dropped"
     assert (decoded.switch_logit > 0).all()
     assert decoded.switch.tolist() == [[True] + [t % 2 == 1 for t in range(1, STEPS)]] * BATCH
     opened = [0, *(t if t % 2 else t - 1 for t in range(1, STEPS))]

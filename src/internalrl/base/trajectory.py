@@ -220,6 +220,12 @@ class _PreallocatedLayer(DynamicLayer):
         self.used = min(self.used, length)
         self.keys, self.values = self.buffer[0, :, :, : self.used], self.buffer[1, :, :, : self.used]
 
+    def drop(self, length: int) -> None:
+        """Forget the first `length` steps."""
+        self.buffer = self.buffer[..., length:, :]
+        self.used -= length
+        self.rewind(self.used)
+
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             self.buffer = self.buffer[:, indices]
@@ -247,6 +253,11 @@ class TrajectoryCache(Cache):
         """
         for layer in self.layers:
             layer.rewind(length)
+
+    def drop(self, length: int) -> None:
+        """Forget the first `length` steps: no later step may look back to them, whose segments are over."""
+        for layer in self.layers:
+            layer.drop(length)
 
     def select(self, rows: Tensor) -> None:
         """Keep only `rows` (an index tensor) of the batch."""

@@ -29,7 +29,11 @@ class Step:
 
 @dataclass
 class Decoding:
-    """State of a batch decoded step by step: the base's cache, the metacontroller's state, the segments."""
+    """State of a batch decoded step by step: the base's cache, the metacontroller's state, the segments.
+
+    `segments` (B, past) numbers the segments of the steps in the cache, which holds those alone that some row can still
+    see; None means that rows see their whole past.
+    """
 
     cache: TrajectoryCache | None
     state: MetacontrollerState
@@ -46,6 +50,15 @@ class Decoding:
         if self.switched is None:
             return self.segments.new_zeros(len(self.segments), 1)
         return torch.cat([self.segments, self.segments[:, -1:] + self.switched[:, None]], 1)
+
+    def drop_unseen(self) -> None:
+        """Free the steps that no row's next one can see: a forgetful batch remembers its longest segment, no more."""
+        if self.segments is None or self.switched is None or self.cache is None:
+            return
+        seen = ((self.segments == self.segments[:, -1:]) & ~self.switched[:, None])[:, :-1].any(0)
+        first = int(seen.byte().argmax()) if seen.any() else len(seen)  # the newest stays, to count from
+        self.segments = self.segments[:, first:]
+        self.cache.drop(first)
 
     def select(self, rows: Tensor) -> None:
         """Keep only `rows` (index tensor)."""
@@ -88,6 +101,7 @@ def step(self: SteeredModel, observations: Tensor, decoding: Decoding, propose: 
     if decoding.segments is not None:
         decoding.switched = result.switch & before.started
         _forget(self, observations, decoding, decoding.switched.nonzero().squeeze(-1), result)
+        decoding.drop_unseen()
     return result
 
 
