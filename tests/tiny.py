@@ -85,7 +85,7 @@ class Readout:
     def __init__(self, meta: Metacontroller, weight: Tensor):
         self.metacontroller, self.weight = meta, weight
 
-    def __call__(self, residual: Tensor, code: Tensor) -> Tensor:
+    def __call__(self, residual: Tensor, code: Tensor, where: Tensor | None = None) -> Tensor:
         return self.metacontroller.control(residual, code) @ self.weight
 
 

@@ -11,6 +11,12 @@ from internalrl.errors import OptionError
 from internalrl.ranges import Checked, Count, Fraction, Natural, NotNegative, Positive, Range
 
 
+def require_even_heads(width: int, heads: int) -> None:
+    """OptionError unless `width` splits into `heads` of even size, which rotary positions need."""
+    if width % (2 * heads):
+        raise OptionError("heads", f"is {heads}; the width, {width}, must split into heads of even size.")
+
+
 @dataclass(frozen=True)
 class BaseConfig(Checked):
     """The base model: a trajectory model on a Llama-style backbone."""
@@ -32,8 +38,7 @@ class BaseConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width % (2 * self.heads):
-            raise OptionError("heads", f"is {self.heads}; the width, {self.width}, must split into heads of even size.")
+        require_even_heads(self.width, self.heads)
         if self.relative_distance <= self.relative_buckets // 2:
             raise OptionError(
                 "relative_distance",
@@ -51,8 +56,10 @@ class MetacontrollerConfig(Checked):
     """Size of a code."""
     n_h: Count = 32
     """Size of the history."""
+    view: Literal["inferred", "following"] = "inferred"
+    """What the encoder's features are taken from: what the base has inferred, or, of texts, the tokens that follow."""
     slow_features: Count = 4
-    """Slow features of what the base has inferred: all that the encoder sees."""
+    """Features that the encoder sees, and all that it sees."""
     horizon: Count = 12
     """Steps, from the present one on, whose slow features the encoder sees."""
     n_s: Count = 64
@@ -125,8 +132,8 @@ class DiscoverConfig(Checked):
     """Sizes of the metacontroller."""
     consolidate: ConsolidateConfig = field(default_factory=ConsolidateConfig)
     """Stage 2b."""
-    slow_lag: Count = 4
-    """Steps over which a slow feature persists."""
+    slow_lag: Natural = 4
+    """Steps over which a slow feature persists; 0 takes those that vary most."""
     form_steps: Natural = 500
     """Steps with random switches and nearly free information, in which codes form."""
     squeeze_steps: Natural = 100
@@ -215,19 +222,13 @@ class ReinforceConfig(Checked):
 
 
 @dataclass(frozen=True)
-class PretrainConfig(Checked):
-    """Stage 1: pretraining the base model on demonstrations (paper, C.1)."""
+class BaseTrainingConfig(Checked):
+    """How a base model is trained, whatever it is."""
 
-    grid: GridConfig = field(default_factory=GridConfig)
-    """The grid world."""
-    base: BaseConfig = field(default_factory=BaseConfig)
-    """The base model."""
     steps: Count = 1100
     """Optimiser steps."""
     batch_size: Count = 128
-    """Episodes per step."""
-    observation_coef: NotNegative = 0.01
-    """Weight λ of the next-observation loss."""
+    """Episodes, or texts, per step."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Muon on the backbone's matrices and AdamW on the rest, or the paper's AdamW on all."""
     lr: Positive = 3e-3
@@ -238,11 +239,43 @@ class PretrainConfig(Checked):
     """Weight decay of both."""
     decay: Fraction = 0.6
     """Last fraction of the steps over which the learning rate falls to zero; 0 keeps it constant."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig(BaseTrainingConfig):
+    """Stage 1: pretraining the base model on demonstrations (paper, C.1)."""
+
+    grid: GridConfig = field(default_factory=GridConfig)
+    """The grid world."""
+    base: BaseConfig = field(default_factory=BaseConfig)
+    """The base model."""
+    observation_coef: NotNegative = 0.01
+    """Weight λ of the next-observation loss."""
     crop: Fraction = 0.25
     """Probability that an episode is cut to begin at a random step, so that the base knows what to do when its context
     is cut; 0 for the paper's whole episodes."""
     noise: Fraction = 0.0
     """The expert's noise ε."""
+
+
+@dataclass(frozen=True)
+class PretrainTextConfig(BaseTrainingConfig):
+    """Stage 1 on text: a small Llama, trained from nothing."""
+
+    layers: Count = 4
+    """Decoder blocks L."""
+    width: Count = 128
+    """Residual width n_e."""
+    heads: Count = 4
+    """Attention heads."""
+    mlp: Count = 320
+    """Hidden width of the gated MLP."""
+    context: Count = 512
+    """The longest text, in tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_even_heads(self.width, self.heads)
 
 
 @dataclass(frozen=True)

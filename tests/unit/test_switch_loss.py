@@ -207,7 +207,7 @@ class CodeIsAction:
     def __init__(self, meta: Metacontroller):
         self.metacontroller = meta
 
-    def __call__(self, residual: Tensor, code: Tensor) -> Tensor:
+    def __call__(self, residual: Tensor, code: Tensor, where: Tensor | None = None) -> Tensor:
         return 4 * code
 
 

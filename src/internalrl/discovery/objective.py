@@ -33,7 +33,11 @@ class Coefficients:
 
 @dataclass
 class Episodes:
-    """Demonstrations as discovery sees them: residual (B, T, n_e), slow features (B, T, k), actions and mask (B, T)."""
+    """Demonstrations as discovery sees them: residual (B, T, n_e), slow features (B, T, k), actions and mask (B, T).
+
+    Of a text the actions are the next tokens, and `mask` is True from the last prompt token on: what comes before it
+    is history, neither steered nor scored.
+    """
 
     residual: Tensor
     slow: Tensor
@@ -45,8 +49,13 @@ class Episodes:
     def of(cls, steered: SteeredModel, batch: Batch) -> Episodes:
         """What discovery needs of `batch`; all that the frozen lower half of the base computes."""
         residual = steered.residual(batch.observations)
-        slow = steered.metacontroller.slow_features(steered.inferred(batch.observations, residual))
+        slow = steered.metacontroller.slow_features(steered.view(batch.observations, residual))
         return cls(residual, slow, batch.actions, batch.mask)
+
+    @property
+    def where(self) -> Tensor | None:
+        """The steps (B, T) bool that are steered; None where that is all of them, as `SteeredModel.forward` takes it."""
+        return None if self.mask[:, 0].all() else self.mask.cumsum(1) > 0
 
     def repeat(self, times: int) -> Episodes:
         return Episodes(*(v.repeat(times, *[1] * (v.ndim - 1)) for v in vars(self).values()))
@@ -65,6 +74,11 @@ class Terms:
         return self.nll + coefficients.kl_coef * self.kl + coefficients.switch_cost * self.switches
 
 
+def opening(mask: Tensor) -> Tensor:
+    """(B, T) bool: the first real step of each episode, which always opens a segment."""
+    return mask & (mask.cumsum(1) == 1)
+
+
 def action_nll(logits: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
     """Mean −log p(a_t) in nats over the real steps; logits (B, T, A), actions and mask (B, T)."""
     return F.cross_entropy(logits[mask], actions[mask])
@@ -79,11 +93,12 @@ def elbo_terms(
     coefficients: Coefficients,
 ) -> Terms:
     """The terms for codes (B, T, n_z) held between switches (B, T); kl (B, T) of every step's proposal."""
-    logits = steered(episodes.residual, code)
+    logits = steered(episodes.residual, code, episodes.where)
     nll = F.cross_entropy(logits.transpose(1, 2), episodes.actions, reduction="none")
     weight = switch if coefficients.kl == "switch-weighted" else torch.ones_like(switch)
     mask = episodes.mask
-    return Terms((nll * mask).sum(1), (weight * kl * mask).sum(1), (switch * mask)[:, 1:].sum(1))
+    chosen = mask & ~opening(mask)
+    return Terms((nll * mask).sum(1), (weight * kl * mask).sum(1), (switch * chosen).sum(1))
 
 
 def discovery_loss(
@@ -101,22 +116,22 @@ def discovery_loss(
         random_switch: probability of switches that ignore the learned one (warm-up); None uses `mode`.
     """
     meta, mask = steered.metacontroller, episodes.mask
+    first = opening(mask)
     x = meta.read(episodes.residual)
     before = meta.summarise(x)
     proposals = meta.propose(episodes.slow, mask)
     if random_switch is not None:
-        switch = (torch.rand(mask.shape) < random_switch).to(x.dtype)
-        switch[:, 0] = 1
+        switch = (first | (torch.rand(mask.shape) < random_switch) & (mask.cumsum(1) > 0)).to(x.dtype)
         segments = meta.hold(x, before, proposals.sample, switch)
     elif mode == "counterfactual":
         with torch.no_grad():
-            drawn = meta.segment(x, before, proposals.sample, "straight-through", SAMPLING_TEMPERATURE)
+            drawn = meta.segment(x, before, proposals.sample, "straight-through", SAMPLING_TEMPERATURE, mask=mask)
         segments = meta.hold(x, before, proposals.sample, drawn.switch)
     else:
-        segments = meta.segment(x, before, proposals.sample, mode, temperature)
+        segments = meta.segment(x, before, proposals.sample, mode, temperature, mask)
     terms = elbo_terms(steered, episodes, segments.code, segments.switch, proposals.kl(), coefficients)
     loss = terms.total(coefficients).sum() / mask.sum()
-    certain = torch.sigmoid(segments.logit.detach())[:, 1:][mask[:, 1:]]
+    certain = torch.sigmoid(segments.logit.detach())[mask & ~first]
     metrics = {
         "loss": loss.item(),
         "nll": (terms.nll.sum() / mask.sum()).item(),
@@ -151,6 +166,7 @@ def switch_loss(
     neither an open nor a closed gate stops learning. `cost` (B,) is the loss in nats as it was `drawn`.
     """
     meta, rows = steered.metacontroller, torch.arange(len(x))
+    any_free = (episodes.mask.sum(1) > 1).to(x.dtype)
     steps = [_steps_to_flip(drawn.switch, episodes.mask) for _ in range(edits)]
     with torch.no_grad():
         switch = drawn.switch.repeat(edits, 1)
@@ -165,20 +181,19 @@ def switch_loss(
     for i, step in enumerate(steps):
         effect = (flipped[i] - cost) * torch.where(drawn.switch[rows, step] > 0.5, -1.0, 1.0)  # of β = 1 over β = 0
         cheaper = (effect < 0).to(x.dtype)
-        weight = effect.abs().clamp(max=LARGEST_EFFECT) * (step > 0)
+        weight = effect.abs().clamp(max=LARGEST_EFFECT) * any_free
         loss = loss + (weight * F.binary_cross_entropy_with_logits(logit[rows, step], cheaper, reduction="none")).mean()
     return loss / edits
 
 
 def _steps_to_flip(switch: Tensor, mask: Tensor) -> Tensor:
-    """(B,): one step t > 0 of each episode; half of the time one with a switch, where there is any.
+    """(B,): one step of each episode after its first; half of the time one with a switch, where there is any.
 
-    An episode of one step has none, and gets its first step.
+    An episode of one step has none, and gets step 0.
     """
-    later = mask.to(switch.dtype)
-    later[:, 0] = 0
+    later = (mask & ~opening(mask)).to(switch.dtype)
     on = switch * later
     wanted = (torch.rand(len(mask), 1) < 0.5) & (on.sum(1, keepdim=True) > 0)
     chance = torch.where(wanted, on, later)
-    chance[:, 0] = ~mask[:, 1:].any(1)
+    chance[:, 0] += ~later.any(1)
     return torch.multinomial(chance, 1).squeeze(1)

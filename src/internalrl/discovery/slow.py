@@ -22,7 +22,8 @@ def slow_features(x: Tensor, mask: Tensor, count: int, lag: int) -> tuple[Tensor
 
     Args:
         mask: (B, T), True at real steps.
-        lag: steps over which a feature is to persist.
+        lag: steps over which a feature is to persist. With 0 all persist, and `RIDGE` ranks them by their variance:
+            they are the principal components.
 
     Raises:
         InternalRLError: no episode is longer than `lag`, or x is the same everywhere.
@@ -31,7 +32,8 @@ def slow_features(x: Tensor, mask: Tensor, count: int, lag: int) -> tuple[Tensor
         raise InternalRLError(f"slow_lag is {lag}, but no episode has more than {mask.sum(1).max()} steps; give less.")
     mean = x[mask].mean(0)
     centred = x - mean
-    now, later = (centred[:, part][mask[:, lag:]] for part in (slice(None, -lag), slice(lag, None)))
+    steps = mask.shape[1]
+    now, later = (centred[:, part][mask[:, lag:]] for part in (slice(steps - lag), slice(lag, steps)))
     across = (now.T @ later / len(now)).double()
     within = (centred[mask].T @ centred[mask] / mask.sum()).double()
     if not within.any():

@@ -190,23 +190,38 @@ class Metacontroller(nn.Module):
         return self.switch_head(F.relu(context + self.switch_code(code))).squeeze(-1)
 
     def segment(
-        self, x: Tensor, before: Tensor, proposal: Tensor, mode: SwitchMode, temperature: float = 1.0
+        self,
+        x: Tensor,
+        before: Tensor,
+        proposal: Tensor,
+        mode: SwitchMode,
+        temperature: float = 1.0,
+        mask: Tensor | None = None,
     ) -> Segmentation:
         """Temporal integration z_t = β_t z̃_t + (1 − β_t) z_{t−1}, with β_1 = 1 [Eq 16].
 
         β is sigmoid(logit) ("soft"), a Gumbel-sigmoid sample ("gumbel"), a Bernoulli sample with the sigmoid's
         gradient ("straight-through"), or logit > 0 ("hard").
+
+        Args:
+            mask: (B, T), True at real steps: the first of them opens a segment, and none before it does. By default
+                the first step is real.
         """
         context = self.switch_context(torch.cat([x, before], -1))
         noise = torch.zeros_like(context[..., 0])
         if mode in ("gumbel", "straight-through"):
             uniform = torch.rand_like(noise).clamp(1e-6, 1 - 1e-6)
             noise = uniform.log() - (-uniform).log1p()  # logistic noise
-        codes, switches, logits = [proposal[:, 0]], [torch.ones_like(noise[:, 0])], []
+        real = torch.ones_like(noise, dtype=torch.bool) if mask is None else mask
+        begun, late = real.cumsum(1), not real[:, 0].all()
+        opens = real & (begun == 1)
+        codes, switches, logits = [proposal[:, 0]], [real[:, 0].to(noise.dtype)], []
         logits.append(self.switch_logit(context[:, 0], torch.zeros_like(proposal[:, 0])))
         for t in range(1, x.shape[1]):
             logit = self.switch_logit(context[:, t], codes[-1])
             switch = gate(logit, noise[:, t], mode, temperature)
+            if late:
+                switch = torch.where(begun[:, t] == 0, 0, torch.where(opens[:, t], 1, switch))
             codes.append(torch.lerp(codes[-1], proposal[:, t], switch[:, None]))
             switches.append(switch)
             logits.append(logit)
@@ -219,7 +234,7 @@ class Metacontroller(nn.Module):
             residual: (B, T, n_e); slow: (B, T, k) from `slow_features`; mask: (B, T), True at real steps.
         """
         x, proposals = self.read(residual), self.propose(slow, mask, noise=False)
-        return self.segment(x, self.summarise(x), proposals.sample, "hard"), proposals
+        return self.segment(x, self.summarise(x), proposals.sample, "hard", mask=mask), proposals
 
     def hold(self, x: Tensor, before: Tensor, proposal: Tensor, switch: Tensor) -> Segmentation:
         """`segment` for a switch that is given, (B, T) of zeros and ones: no loop over time is needed."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from internalrl.base.loading import Base, load_base
@@ -168,14 +169,29 @@ class SteeredModel(nn.Module):
             more["segments"] = segments
         return self.tap.read(self.base, **{self.base.main_input_name: inputs}, use_cache=False, **more)
 
+    def view(self, inputs: Tensor, residual: Tensor) -> Tensor:
+        """What the encoder's slow features are taken from, (B, T, n_e), as the metacontroller's `view` says.
+
+        Args:
+            inputs: tokens (B, T), or observations (B, T, observation_size); residual: (B, T, n_e) of these.
+        """
+        if self.metacontroller.config.view == "inferred":
+            return self.inferred(inputs, residual)
+        following = self.base.get_input_embeddings()(inputs[:, 1:]).detach()
+        return F.pad(following, (0, 0, 0, 1)).to(residual.dtype)
+
     @torch.no_grad()
     def inferred(self, observations: Tensor, residual: Tensor) -> Tensor:
         """What the past adds to the `residual` (B, T, n_e): its difference from that of every step seen alone.
 
         It holds what the base has inferred, its belief about the hidden subgoal above all, and little of what the
         present observation shows by itself. Both sides start from the same embeddings, so what an encoder keeps of
-        the step before is no inference. For a `TrajectoryModel` whose attention is masked by `segments`.
+        the step before is no inference. For a `TrajectoryModel` whose attention is masked by `segments`, and for
+        language models, whose tokens are read as texts of their own.
         """
+        if self.base.main_input_name == "input_ids":
+            tokens, index = observations.unique(return_inverse=True)
+            return residual - self.residual(tokens[:, None])[index, 0]
         alone = torch.arange(residual.shape[1], device=residual.device).expand(residual.shape[:2])
         embeddings, _ = self.base.encoder(observations)
         return residual - self.tap.read(self.base, inputs_embeds=embeddings, segments=alone)
