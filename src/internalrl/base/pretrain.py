@@ -5,25 +5,31 @@ L = −log p(a_t | o_1:t) − λ log p(o_{t+1} | o_1:t). No rewards, goals or ta
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from internalrl.base.batches import Batch, demonstration_batches, split, to_batch
+from internalrl.base.residual import find_blocks
 from internalrl.base.trajectory import TrajectoryConfig, TrajectoryModel, llama_backbone, save_trajectory_model
 from internalrl.domains.grid import GridConfig, demonstrate, pretraining_tasks
 from internalrl.domains.grid_bayes import bayes_filter
 from internalrl.loop import Loop, optimise
 from internalrl.runlog import RunFolder
-from internalrl.stages import BaseConfig, PretrainConfig
+from internalrl.stages import BaseConfig, BaseTrainingConfig, PretrainConfig
 from internalrl.streams import Stream
 
 WARMUP_STEPS = 20
 LOG_EVERY = 10
+
+B = TypeVar("B")
+"""A batch."""
 
 
 def main(config: PretrainConfig, run: RunFolder) -> dict[str, Any]:
@@ -54,20 +60,43 @@ def build(config: BaseConfig, grid: GridConfig) -> TrajectoryModel:
 
 
 def pretrain(model: TrajectoryModel, config: PretrainConfig, run: RunFolder) -> Loop:
-    """The training loop; returns it finished, for its times."""
+    """Train on demonstrations; returns the finished loop, for its times."""
+
+    def batches(step: int) -> Iterator[Batch]:
+        return demonstration_batches(config.grid, config.batch_size, run.seed, step, config.crop, config.noise)
+
+    def loss(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        action_nll, observation_nll = losses(model, batch)
+        total = action_nll + config.observation_coef * observation_nll
+        return total, {"nll": action_nll.item(), "observation_nll": observation_nll.item()}
+
+    return train_base(model, config, run, batches, loss)
+
+
+def train_base(
+    model: PreTrainedModel,
+    config: BaseTrainingConfig,
+    run: RunFolder,
+    batches: Callable[[int], Iterator[B]],
+    loss: Callable[[B], tuple[Tensor, dict[str, float]]],
+) -> Loop:
+    """The training loop of every base model; returns it finished, for its times.
+
+    Args:
+        batches: the endless batches from a step on.
+        loss: of a batch, and what is logged of it.
+    """
     optimizers = make_optimizers(model, config)
     loop = Loop(run, "pretrain", config.steps, {"base": model}, optimizers)
-    batches = None
+    following = None
     model.train()
     for step in loop:
-        batches = batches or demonstration_batches(
-            config.grid, config.batch_size, run.seed, step, config.crop, config.noise
-        )
-        action_nll, observation_nll = losses(model, next(batches))
+        following = following or batches(step)
+        value, metrics = loss(next(following))
         set_rate(optimizers, rate_at(step, config))
-        optimise(action_nll + config.observation_coef * observation_nll, *optimizers.values())
+        optimise(value, *optimizers.values())
         if step % LOG_EVERY == 0 or step == config.steps - 1:
-            loop.log(nll=action_nll.item(), observation_nll=observation_nll.item())
+            loop.log(**metrics)
     model.eval()
     return loop
 
@@ -83,9 +112,9 @@ def losses(model: TrajectoryModel, batch: Batch) -> tuple[Tensor, Tensor]:
     )
 
 
-def make_optimizers(model: TrajectoryModel, config: PretrainConfig) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(model: PreTrainedModel, config: BaseTrainingConfig) -> dict[str, torch.optim.Optimizer]:
     """Muon for the backbone's matrices and AdamW for the rest, or AdamW for all."""
-    matrices = [p for p in model.backbone.layers.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
+    matrices = [p for p in find_blocks(model).parameters() if p.ndim == 2] if config.optimizer == "muon" else []
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     optimizers: dict[str, torch.optim.Optimizer] = {
@@ -103,7 +132,7 @@ def set_rate(optimizers: dict[str, torch.optim.Optimizer], factor: float) -> Non
             group["lr"] = factor * optimizer.defaults["lr"]
 
 
-def rate_at(step: int, config: PretrainConfig) -> float:
+def rate_at(step: int, config: BaseTrainingConfig) -> float:
     """Learning-rate factor: a short linear warm-up, then constant, then linear to zero over the last `decay`."""
     left = (config.steps - step) / (config.steps * config.decay) if config.decay else 1.0
     return min(1.0, (step + 1) / WARMUP_STEPS, left)
