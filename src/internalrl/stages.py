@@ -262,6 +262,10 @@ class PretrainConfig(BaseTrainingConfig):
 class PretrainTextConfig(BaseTrainingConfig):
     """Stage 1 on text: a small Llama, trained from nothing."""
 
+    steps: Count = 1400
+    """Optimiser steps."""
+    batch_size: Count = 64
+    """Texts per step."""
     layers: Count = 4
     """Decoder blocks L."""
     width: Count = 128
