@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
+from internalrl.metacontroller.strategies import STRATEGIES_FILE, meaning_of
+from internalrl.serving.audit_store import AuditStore, Query
 from internalrl.serving.registry import Registry
 from internalrl.serving.serve import AuditOptions, Bounds
 from tests.live_server import BASE, Served, config_for, save_models, serving
+from tests.strategies import library
 
 WEB = httpx2.Client(verify=False, timeout=60)
 
@@ -217,6 +222,26 @@ def test_a_damaged_version_does_not_replace_one_that_works(served: Served, folde
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     post(served, "/v1/admin/adapters/support/promote", {"version": 2})
     assert ask(served)["system_fingerprint"] == "support@1"
+
+
+def test_limits_are_kept_counted_and_audited(folder: Path, tmp_path: Path) -> None:
+    adapter, limits = shutil.copytree(folder / "support", tmp_path / "support"), tmp_path / "limits.yaml"
+    by_sign = library([[-1.0, 0, 0], [1.0, 0, 0]], [100.0, 100.0], meaning_of(adapter))
+    by_sign.renamed(1, "delete").renamed(2, "open").save(adapter / STRATEGIES_FILE)
+    limits.write_text("strategies: {delete: deny, open: review}")
+    options: dict[str, Any] = {"registry": tmp_path / "registry", "audit": AuditOptions(folder=tmp_path / "audit")}
+    config = config_for(folder, adapter=(f"support={adapter}",), limits=(f"support={limits}",), **options)
+    with serving(config, folder) as served:
+        answer = ask(served, max_tokens=40, trace=True)
+        segments = answer["choices"][0]["trace"]["segments"]
+        counted = f"internalrl_violations_total {len(segments)}.0"
+        assert counted in WEB.get(f"{served.root}/metrics").text.splitlines()
+    assert {segment["violation"] for segment in segments} == {"denied delete: project", "review open"}
+    assert all(segment["code"][0] > 0 and segment["strategy"] == "open" for segment in segments)
+    with closing(AuditStore(tmp_path / "audit")) as store:
+        found = store.find(Query(violation="denied", limit=100))
+        assert {segment.request for segment in found} == {answer["id"]}
+        assert len(found) == sum(segment["violation"].startswith("denied") for segment in segments)
 
 
 def test_the_base_alone_can_be_served(folder: Path, tmp_path: Path) -> None:
