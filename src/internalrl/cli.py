@@ -240,6 +240,8 @@ def _run(command: Command) -> dict[str, Any]:
         return answer
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    # Threads that spin while they wait for each other slow a busy machine down many times over; idle, they gain little.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     stage = _load(subcommand.target)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(options.seed)
