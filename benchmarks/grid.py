@@ -2,8 +2,8 @@
 
     python benchmarks/grid.py --seeds 0 1 2 3 4 --jobs 2
 
-Runs go to runs/bench/grid/seed-K and are continued where they were cut off. Results, with the bars of the project,
-their median and spread, go to benchmarks/results/grid.json.
+Runs go to runs/bench/grid/seed-K and are continued where they were cut off. Results, with median and spread, go to
+benchmarks/results/grid.json; seeds that are not asked for stay there as they are.
 """
 
 from __future__ import annotations
@@ -59,28 +59,30 @@ def play(seed: int, part: str) -> None:
     run.write_json("summary.json", summary)
 
 
-def collect(seeds: list[int]) -> dict[str, Any]:
-    """Results of all seeds, with median, minimum and maximum of the headline figures."""
+def read_run(seed: int) -> dict[str, Any]:
+    """What the runs of one seed found, with their success at every iteration, and where."""
     from internalrl.runlog import environment
 
-    runs = {str(seed): json.loads((RUNS / f"seed-{seed}" / "summary.json").read_text()) for seed in seeds}
-    for seed, run in runs.items():
-        lines = [json.loads(line) for line in (RUNS / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()]
-        run["success_per_iteration"] = {
-            stage: [round(line["success"], 4) for line in lines if line["stage"] == stage]
-            for stage in ("reinforce", "raw-action", *BASELINES)
-        }
-    keys = [k for k, v in next(iter(runs.values())).items() if isinstance(v, int | float)]
-    headline = {}
-    for key in keys:
-        headline[key] = spread([run[key] for run in runs.values()])
+    folder = RUNS / f"seed-{seed}"
+    run: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    run["success_per_iteration"] = {
+        stage: [round(line["success"], 4) for line in lines if line["stage"] == stage]
+        for stage in ("reinforce", "raw-action", *BASELINES)
+    }
+    return {**run, **environment(), "threads": 1}
+
+
+def collect(seeds: list[int]) -> dict[str, Any]:
+    """Results of `seeds` and of those before them, with median, minimum and maximum of the headline figures."""
+    runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
+    runs |= {str(seed): read_run(seed) for seed in seeds}
+    runs = {seed: runs[seed] for seed in sorted(runs, key=int)}
+    keys = [k for k, v in next(iter(runs.values())).items() if isinstance(v, float)]
     return {
-        "command": f"python benchmarks/grid.py --seeds {' '.join(map(str, seeds))}",
-        "seeds": seeds,
-        "spread": headline,
+        "command": f"python benchmarks/grid.py --seeds {' '.join(runs)}",
+        "spread": {key: spread([run[key] for run in runs.values()]) for key in keys},
         "runs": runs,
-        **environment(),
-        "threads": 1,
     }
 
 
