@@ -78,7 +78,7 @@ async def load(folder: Path, seconds: float) -> dict[str, Any]:
         files = running.open_files() - files
     then, mb = np.array([entry for entry in memory if entry[0] - memory[0][0] > WARM * seconds]).T
     slope, _ = np.polyfit(then - then[0], mb, 1)
-    growth = slope * (then[-1] - then[0]) / float(np.median(mb))
+    growth = float(slope * (then[-1] - then[0]) / np.median(mb))
     return {
         "seconds": seconds,
         "clients": STREAMS,
@@ -89,9 +89,9 @@ async def load(folder: Path, seconds: float) -> dict[str, Any]:
         "answer_seconds": spread(tally.seconds),
         "memory": {
             "mb": spread(mb, 1),
-            "mb_per_minute": round(60 * slope, 3),
+            "mb_per_minute": round(60 * float(slope), 3),
             "growth": round(growth, 5),
-            "of_seconds": round(then[-1] - then[0]),
+            "of_seconds": round(float(then[-1] - then[0])),
         },
         "slots_free_afterwards": free,
         "files_left_open": max(files, 0),

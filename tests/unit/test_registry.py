@@ -122,7 +122,7 @@ def test_revision_tells_changes_and_nothing_else(registry: Registry, adapters: l
         step()
         seen.append(registry.revision())
     assert seen == sorted(set(seen))
-    registry.answered("r", "support@1")
+    registry.answered({"r": "support@1"})
     registry.feedback("r", thumbs="up")
     with pytest.raises(InternalRLError):
         registry.remove("support@1")
@@ -267,7 +267,7 @@ registry = Registry(folder, url or None)
 for i in range(30):
     registry.promote("shared@1" if i % 2 else "shared@2")
     registry.split("shared", {1: 2 + i, 2: ord(name)})  # no two alike, so that each one can be rolled back
-    registry.answered(f"{name}-{i}", "shared@1")
+    registry.answered({f"{name}-{i}": "shared@1"})
     registry.feedback(f"{name}-{i}", reward=i)
     registry.rollback("shared")
 """
@@ -317,12 +317,12 @@ def test_first_opening_by_many_processes(database: str | None, tmp_path: Path) -
 def test_feedback_is_kept_with_the_version_that_answered(registry: Registry, adapters: list[Path]) -> None:
     for adapter in adapters[:2]:
         registry.add("support", adapter)
-    registry.answered("early", "support@1")
+    registry.answered({"early": "support@1"})
     registry.feedback("early", reward=-5)
     registry.split("support", {1: 1, 2: 1})
     for i in range(6):
-        registry.answered(f"r{i}", f"support@{i % 2 + 1}")
-    registry.answered("silent", "support@2")
+        registry.answered({f"r{i}": f"support@{i % 2 + 1}"})
+    registry.answered({"silent": "support@2"})
     assert registry.feedback("r0", thumbs="down") == "support@1"
     assert registry.feedback("r0", thumbs="up") == "support@1", "a later word replaces the earlier one"
     for i in (1, 2, 3):
@@ -347,7 +347,7 @@ def test_feedback_is_kept_with_the_version_that_answered(registry: Registry, ada
 def test_answers_without_feedback_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(Registry(tmp_path)) as registry:
         for name in ("liked", "silent"):
-            registry.answered(name, "support@1")
+            registry.answered({name: "support@1"})
         registry.feedback("liked", thumbs="up")
     engine = create_engine(f"sqlite:///{tmp_path}/registry.db")
     with engine.begin() as connection:
@@ -409,7 +409,7 @@ def test_command_line(tmp_path: Path, adapters: list[Path], capsys: pytest.Captu
     assert "write NUMBER=WEIGHT" in error
     with closing(Registry(tmp_path / "registry")) as registry:
         for i in range(4):
-            registry.answered(f"r{i}", "support@2")
+            registry.answered({f"r{i}": "support@2"})
             registry.feedback(f"r{i}", thumbs="up" if i else "down")
     compared = run_cli(capsys, "compare", "support", *where)[1]
     assert compared["outcomes"] == [

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import httpx2
 import pytest
 
 from internalrl.metacontroller.strategies import STRATEGIES_FILE, meaning_of
+from internalrl.serving import service as service_module
 from internalrl.serving.audit_store import AuditStore, Query
 from internalrl.serving.registry import Registry
 from internalrl.serving.serve import AuditOptions, Bounds
@@ -169,6 +171,28 @@ def test_feedback(served: Served) -> None:
         ({"request_id": "../x", "thumbs": "up"}, 400),
     ):
         assert "error" in post(served, "/v1/feedback", body, status)
+
+
+def test_answers_do_not_wait_for_a_database_that_hangs(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, back = served.app.service, threading.Event()
+    answered, feedback = service.registry.answered, service.registry.feedback
+
+    def hanging(work: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **options: (back.wait(120), work(*args, **options))[1]
+
+    monkeypatch.setattr(service_module, "REMEMBER", 0.05)
+    monkeypatch.setattr(service.registry, "answered", hanging(answered))
+    monkeypatch.setattr(service.registry, "feedback", hanging(feedback))
+    with ThreadPoolExecutor(24) as clients:
+        try:
+            nothing = {"request_id": "nothing", "thumbs": "up"}
+            said = [clients.submit(post, served, "/v1/feedback", nothing, 404) for _ in range(12)]
+            answers = [answer.result(60) for answer in [clients.submit(ask, served, seed) for seed in range(8)]]
+            assert not any(entry.done() for entry in said)
+        finally:
+            back.set()
+        assert all(entry.result(60) for entry in said)
+        post(served, "/v1/feedback", {"request_id": answers[0]["id"], "thumbs": "up"})  # it was not forgotten
 
 
 def test_every_answer_is_in_the_audit_when_it_arrives(served: Served) -> None:

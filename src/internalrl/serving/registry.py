@@ -238,15 +238,17 @@ class Registry:
                 self._files.delete(version.content_hash)
         return version
 
-    def answered(self, request_id: str, version_key: str) -> None:
-        """Remember which version answered a request, so that feedback can name the request alone.
+    def answered(self, versions: Mapping[str, str]) -> None:
+        """Remember which version answered which requests, id -> key, so that feedback can name a request alone.
 
         A write to the database, about a millisecond: call it beside the event loop, not on it.
         """
-        name, number = parse_key(version_key)
-        values = {"request": request_id, "name": name, "number": number, "time": time.time()}
+        rows = []
+        for request_id, version_key in versions.items():
+            name, number = parse_key(version_key)
+            rows.append({"request": request_id, "name": name, "number": number, "time": time.time()})
         with self._database.writing() as connection:
-            connection.execute(insert(_answers).values(**values))
+            connection.execute(insert(_answers), rows)
 
     def feedback(
         self, request_id: str, *, reward: float | None = None, thumbs: Literal["up", "down"] | None = None

@@ -86,7 +86,7 @@ async def _following(service: Service) -> AsyncIterator[None]:
         while True:
             await asyncio.sleep(KEYS_EVERY)
             with suppress(InternalRLError):  # `Live` tells of a database that cannot be reached
-                await asyncio.to_thread(service.keys.refresh)
+                await service.in_database(service.keys.refresh)
 
     tasks = [asyncio.create_task(work) for work in (service.live.keep_following(), follow_keys())]
     try:
@@ -94,6 +94,7 @@ async def _following(service: Service) -> AsyncIterator[None]:
     finally:
         for task in tasks:
             task.cancel()
+        service.close()
 
 
 def may(scope: Scope) -> Callable[[Request], Key]:
@@ -137,7 +138,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         if (body.reward is None) == (body.thumbs is None):
             raise Problem(400, "Give either a reward or thumbs.", param="reward")
         version = await _in_registry(
-            lambda: service.registry.feedback(body.request_id, reward=body.reward, thumbs=body.thumbs)
+            service, lambda: service.registry.feedback(body.request_id, reward=body.reward, thumbs=body.thumbs)
         )
         return FeedbackAnswer(request_id=body.request_id, version=version)
 
@@ -228,8 +229,11 @@ def _add_admin(app: FastAPI, service: Service) -> None:
     admin = Depends(may("admin"))
 
     async def changed(name: str, change: Callable[[], Any]) -> Routed:
-        await _in_registry(change)
-        await _in_registry_now(service)
+        await _in_registry(service, change)
+        try:
+            await service.live.follow()
+        except InternalRLError as error:
+            raise _no_database(error) from error
         arms = service.live.routing.arms.get(name, ())
         return Routed(model=name, versions={arm.version.key: arm.share for arm in arms})
 
@@ -256,33 +260,31 @@ def _add_audit(app: FastAPI, service: Service) -> None:
     @app.get("/audit", response_class=HTMLResponse, dependencies=[auditor])
     async def answers(adapter: Filter = None, strategy: Filter = None, violation: Filter = None) -> Response:
         query = AuditQuery(adapter=adapter or None, strategy=strategy or None, violation=violation or None)
-        return HTMLResponse(await _in_registry(lambda: audit_page.audit_list(audit.store, query)), headers=headers)
+        return HTMLResponse(
+            await _in_registry(service, lambda: audit_page.audit_list(audit.store, query)), headers=headers
+        )
 
     @app.get("/audit/{request_id}", response_class=HTMLResponse, dependencies=[auditor])
     async def one(request_id: Annotated[str, Path(pattern=REQUEST_ID)]) -> Response:
-        page = await _in_registry(lambda: audit_page.audit_page(audit.store, request_id))
+        page = await _in_registry(service, lambda: audit_page.audit_page(audit.store, request_id))
         if page is None:
             raise Problem(404, "The audit has no such answer.")
         return HTMLResponse(page, headers=headers)
 
 
-async def _in_registry(work: Callable[[], Any]) -> Any:
-    """Do what needs the database beside the loop. What it refuses is the caller's mistake, unless it has failed."""
+async def _in_registry(service: Service, work: Callable[[], Any]) -> Any:
+    """Do what needs the database. What it refuses is the caller's mistake, unless it has failed."""
     try:
-        return await asyncio.to_thread(work)
+        return await service.in_database(work)
     except InternalRLError as error:
         if isinstance(error.__cause__, SQLAlchemyError | OSError):
-            log.error("%s", error)
-            raise Problem(503, "The database cannot be reached; try again later.", code="no_database") from error
+            raise _no_database(error) from error
         raise Problem(404, str(error)) from error
 
 
-async def _in_registry_now(service: Service) -> None:
-    try:
-        await service.live.follow()
-    except InternalRLError as error:
-        log.error("%s", error)
-        raise Problem(503, "The database cannot be reached; try again later.", code="no_database") from error
+def _no_database(error: InternalRLError) -> Problem:
+    log.error("%s", error)
+    return Problem(503, "The database cannot be reached; try again later.", code="no_database")
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -6,15 +6,17 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from transformers import PreTrainedTokenizerBase
 
 from internalrl.errors import InternalRLError
 from internalrl.serving.answers import Answer, Kind, Vocabulary
+from internalrl.serving.asking import to_engine
 from internalrl.serving.audit import Audit
 from internalrl.serving.engine import Busy, Engine
 from internalrl.serving.live import Live
@@ -22,12 +24,17 @@ from internalrl.serving.metrics import Metrics
 from internalrl.serving.openai_format import CHOICES, ChatRequest, CompletionRequest
 from internalrl.serving.problems import Problem, busy, failed, rate_limited
 from internalrl.serving.registry import Registry
-from internalrl.serving.requests import FAILED, Codes, Event, Finished, Request
+from internalrl.serving.requests import FAILED, Event, Finished, Request
 from internalrl.serving.security import Key, Keys, Quotas
 from internalrl.serving.serve import Bounds
 from internalrl.serving.stream import Stream
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REMEMBER = 1.0
+"""Most seconds that the end of an answer waits until feedback on it would be understood."""
 
 
 class Service:
@@ -56,6 +63,13 @@ class Service:
         self._vocabulary = Vocabulary(engine.tokenizer)
         self._tokenizing = threading.Lock()  # a fast tokenizer is not made for several threads
         self._tasks: set[asyncio.Task[None]] = set()
+        self._databases = ThreadPoolExecutor(4, "database")  # one that hangs must not keep prompts from being read
+        self._unwritten: dict[str, str] = {}
+        self._writing = asyncio.Lock()
+
+    async def in_database(self, work: Callable[[], T]) -> T:
+        """Do what needs a database beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._databases, work)
 
     async def prompts(self, body: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
         """The token numbers of a request's prompts."""
@@ -93,6 +107,10 @@ class Service:
         with self._tokenizing:
             return tuple(self.engine.tokenizer.encode(text, add_special_tokens=special))
 
+    def close(self) -> None:
+        """Take no more work for the database; what was given is done."""
+        self._databases.shutdown(wait=False)
+
     def check_model(self, model: str) -> None:
         """Problem unless there is such a model."""
         if model != self.name and model not in self.live.routing.arms and model not in self.live.routing.versions:
@@ -120,7 +138,7 @@ class Service:
             # Nothing is awaited between resolving a version and submitting: `Live` counts on it.
             version = self._resolve(body.model, body.user)
             for index in range(len(prompts) * count):
-                request = _request(body, prompts[index // count], version, most, index % count, index, id_)
+                request = to_engine(body, prompts[index // count], version, most, index % count, index, id_)
                 streams.append(self._submit(request))
             answer = Answer(
                 kind,
@@ -199,8 +217,8 @@ class Service:
                         raise failed() if event.error in (None, FAILED) else Problem(400, str(event.error))
                     if event.reason == "cancelled":
                         raise Problem(503, "The server is shutting down.", code="shutting_down")
-                    if remembered:
-                        await remembered
+                    if remembered:  # whoever has the answer may tell how it was
+                        await asyncio.wait({remembered}, timeout=REMEMBER)
                 yield index, event
 
     async def _recorded(self, audit: Audit, request_id: str) -> None:
@@ -211,11 +229,15 @@ class Service:
             raise Problem(503, "The answer could not be recorded, and is not given.", code="no_audit") from error
 
     async def _remember(self, request_id: str, version: str) -> None:
-        """Let feedback find the version."""
-        try:
-            await asyncio.to_thread(self.registry.answered, request_id, version)
-        except InternalRLError as error:
-            log.error("there can be no feedback on an answer: %s", error)
+        """Let feedback find the version. Answers that begin while others are written down are written together."""
+        self._unwritten[request_id] = version
+        async with self._writing:
+            if request_id in self._unwritten:
+                versions, self._unwritten = self._unwritten, {}
+                try:
+                    await self.in_database(lambda: self.registry.answered(versions))
+                except InternalRLError as error:
+                    log.error("there can be no feedback on %d answers: %s", len(versions), error)
 
     async def _forget(self, audit: Audit, stream: Stream) -> None:
         """Wait for the end of a stream that was cancelled, so that the audit learns of it too."""
@@ -229,43 +251,6 @@ class Service:
         self._tasks.add(task)  # the loop itself keeps no reference
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _request(
-    body: ChatRequest | CompletionRequest,
-    prompt: tuple[int, ...],
-    adapter: str | None,
-    most: int,
-    choice: int,
-    index: int,
-    id_: str,
-) -> Request:
-    """What the engine is asked for choice `choice` of a prompt; it is choice `index` of the request."""
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    # One above the last of 64 bits is the first again.
-    seed = None if body.seed is None else (body.seed + choice + 2**63) % 2**64 - 2**63
-    return Request(
-        prompt=prompt,
-        adapter=adapter,
-        max_tokens=most,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k or 0,
-        stop=tuple(stop),
-        seed=seed,
-        logprobs=body.reported,
-        steering=body.steering,
-        codes=_codes(body.codes),
-        code_temperature=1.0 if body.code_temperature is None else body.code_temperature,
-        id=id_ if index == 0 else f"{id_}-{index}",
-    )
-
-
-def _codes(codes: list[float] | list[list[float]] | None) -> Codes | None:
-    if codes is None:
-        return None
-    rows: list[Any] = codes if isinstance(codes[0], list) else [codes]
-    return tuple(tuple(row) for row in rows)
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Event]]:
