@@ -15,8 +15,8 @@ from internalrl.base.pretrain import check as check_grid
 from internalrl.base.pretrain import evaluate as evaluate_base
 from internalrl.base.trajectory import load_trajectory_model, save_trajectory_model
 from internalrl.discovery.consolidate import consolidate
+from internalrl.discovery.grid import GridMaterial
 from internalrl.discovery.train import discover
-from internalrl.discovery.train import evaluate as evaluate_discovery
 from internalrl.domains.grid import parse_task
 from internalrl.errors import InternalRLError
 from internalrl.internal_rl.train import grid_environments, make_agent, reinforce
@@ -36,15 +36,15 @@ def main(config: DemoConfig, run: RunFolder) -> dict[str, Any]:
     pretrained = evaluate_base(base, grid, seed=run.seed)
 
     torch.manual_seed(run.seed)
-    steered = SteeredModel.from_base(base, config.discover.metacontroller)
+    steered, material = SteeredModel.from_base(base, config.discover.metacontroller), GridMaterial(grid, run.seed)
     accuracy = probe(base, grid, layers=[steered.tap.layer], seed=run.seed)[steered.tap.layer]
-    seconds["discover"] = discover(steered, config.discover, run).seconds
-    discovered = evaluate_discovery(steered, run.seed)
+    seconds["discover"] = discover(steered, material, config.discover, run).seconds
+    discovered = material.measure(steered)
     steered.save_pretrained(run.path / "discovered", {"discover": {"seed": run.seed}})
     consolidated, played = discovered, consolidation_episodes(config)
     if played:
-        seconds |= consolidate(steered, config.discover.consolidate, run)
-        consolidated = evaluate_discovery(steered, run.seed)
+        seconds |= consolidate(steered, material, config.discover.consolidate, run)
+        consolidated = material.measure(steered)
 
     budget = replace(config.reinforce, episodes=config.reinforce.episodes - played)
     internal = reinforce(make_agent(steered, budget), grid_environments(steered, budget, run.seed), budget, run)

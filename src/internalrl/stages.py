@@ -84,10 +84,12 @@ class MetacontrollerConfig(Checked):
 
 @dataclass(frozen=True)
 class RehearseConfig(Checked):
-    """Stage 2b, first half: demonstrations with the context cut at every switch."""
+    """Stage 2b, first half: episodes with the context broken at every switch."""
 
+    rounds: Count = 1
+    """Times that the episodes are broken anew, at the switches as they are then."""
     steps: Count = 350
-    """Optimiser steps."""
+    """Optimiser steps of a round."""
     batch_size: Count = 128
     """Episodes per step."""
     batches: Count = 60

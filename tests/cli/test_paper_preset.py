@@ -11,7 +11,7 @@ import pytest
 
 from internalrl import cli
 from internalrl.base import pretrain
-from internalrl.discovery import train
+from internalrl.discovery import grid
 from internalrl.runlog import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The (switch|codes)")
@@ -22,10 +22,10 @@ FEW = 4
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of this size take minutes to be measured on thousands of episodes."""
-    held_out, pass_rates = train.held_out, train.pass_rates
+    held_out, pass_rates = grid.held_out, grid.pass_rates
     monkeypatch.setattr(pretrain, "evaluate", partial(pretrain.evaluate, episodes=FEW))
-    monkeypatch.setattr(train, "held_out", lambda grid, size, seed, *stream: held_out(grid, FEW, seed, *stream))
-    monkeypatch.setattr(train, "pass_rates", lambda steered, grid, size, seed: pass_rates(steered, grid, FEW, seed))
+    monkeypatch.setattr(grid, "held_out", lambda config, size, seed, *stream: held_out(config, FEW, seed, *stream))
+    monkeypatch.setattr(grid, "pass_rates", lambda steered, config, size, seed: pass_rates(steered, config, FEW, seed))
 
 
 def run(stage: str, *options: str) -> tuple[dict[str, Any], dict[str, Any]]:

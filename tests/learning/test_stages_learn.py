@@ -14,7 +14,8 @@ import torch
 from internalrl.base.pretrain import build, pretrain
 from internalrl.configio import from_dict, load_yaml
 from internalrl.discovery.consolidate import consolidate
-from internalrl.discovery.train import discover, evaluate
+from internalrl.discovery.grid import GridMaterial
+from internalrl.discovery.train import discover
 from internalrl.internal_rl import train
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
@@ -42,9 +43,10 @@ def learn(folder: Path) -> Learned:
     base = build(CONFIG.pretrain.base, CONFIG.pretrain.grid)
     pretrain(base, CONFIG.pretrain, run)
     steered = SteeredModel.from_base(base, CONFIG.discover.metacontroller)
-    discover(steered, CONFIG.discover, run)
-    consolidate(steered, CONFIG.discover.consolidate, run)
-    return Learned(steered, evaluate(steered, SEED)["switch_f1"])
+    material = GridMaterial(CONFIG.pretrain.grid, SEED)
+    discover(steered, material, CONFIG.discover, run)
+    consolidate(steered, material, CONFIG.discover.consolidate, run)
+    return Learned(steered, material.measure(steered)["switch_f1"])
 
 
 def play(steered: SteeredModel, folder: Path, **changes: Any) -> float:

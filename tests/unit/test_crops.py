@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from internalrl.base.batches import BUCKET, Batch, demonstration_batches, held_out
-from internalrl.discovery import train
+from internalrl.discovery import grid
 from internalrl.discovery.objective import Episodes
 from internalrl.stages import DiscoverConfig
 from tests.finished import SMALL, small_base, small_steered
@@ -97,10 +97,10 @@ def test_discovery_opens_crops_a_step_after_learned_switches(monkeypatch: pytest
         given.append(openings)
         return demonstration_batches(*args, openings=openings, **options)
 
-    monkeypatch.setattr(train, "demonstration_batches", recording)
-    config = DiscoverConfig(batch_size=4, batches=2)
-    random = train.read_corpus(steered, config, seed=0)
-    learned = train.read_corpus(steered, config, 0, steered.metacontroller)
+    monkeypatch.setattr(grid, "demonstration_batches", recording)
+    config, material = DiscoverConfig(batch_size=4, batches=2), grid.GridMaterial(SMALL, seed=0)
+    random = material.corpus(steered, config)
+    learned = material.corpus(steered, config, steered.metacontroller)
     unasked, openings = given
     assert unasked is None
     assert [len(episodes.mask) for episodes in (*random, *learned)] == [4] * 4

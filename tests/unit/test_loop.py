@@ -17,6 +17,7 @@ from internalrl.base import pretrain
 from internalrl.configio import to_dict
 from internalrl.discovery import consolidate, rehearse
 from internalrl.discovery import train as discovery
+from internalrl.discovery.grid import GridMaterial
 from internalrl.errors import InternalRLError
 from internalrl.internal_rl import train as internal_rl
 from internalrl.loop import Loop
@@ -123,13 +124,13 @@ def test_a_resumed_run_crops_where_the_killed_one_did(
 ) -> None:
     """At the switches of the metacontroller as it was when crops moved to them, not as it is by now."""
     main, config = recipes(runs)["discover"]
-    read, segmenters = discovery.read_corpus, []
+    read, segmenters = GridMaterial.corpus, []
 
     def reading(*given: Any) -> Any:
         segmenters.append(copy.deepcopy(given[-1]))
         return read(*given)
 
-    monkeypatch.setattr(discovery, "read_corpus", reading)
+    monkeypatch.setattr(GridMaterial, "corpus", reading)
     kill_at(monkeypatch, "discover", 8)
     with pytest.raises(KilledError):
         start(main, config, tmp_path / "run")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from internalrl.discovery.objective import Episodes
 from internalrl.discovery.rehearse import Rehearsal, cut_contexts, kl_coef_at, rehearsal_loss
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.stages import RehearseConfig
@@ -20,7 +21,8 @@ def rehearsal(steered: SteeredModel, observations: Tensor, switch: Tensor) -> Re
     slow = steered.metacontroller.slow_features(steered.inferred(observations, steered.residual(observations)))
     mask = torch.arange(STEPS) < torch.tensor([STEPS, 5, 7, 3])[:, None]
     actions = torch.arange(BATCH * STEPS).reshape(BATCH, STEPS) % 4
-    return Rehearsal(deciding, acting, opened, alone, switch & mask, slow, actions, mask)
+    free = mask & ~F.pad(switch[:, :-1], (1, 0), value=True)
+    return Rehearsal(Episodes(acting, slow, actions, mask), switch & mask, free, deciding, opened, alone)
 
 
 def test_contexts_are_cut_before_and_after_a_switch_step() -> None:
@@ -36,7 +38,7 @@ def test_rehearsal_sees_what_forgetful_decoding_sees(steered: SteeredModel, obse
     switch, meta = decoded.switch, steered.metacontroller
     assert 0 < switch[:, 1:].sum() < switch[:, 1:].numel()
     r = rehearsal(steered, observations, switch)
-    close(steered(r.acting, decoded.code, segments=r.alone), decoded.logits)
+    close(steered(r.episodes.residual, decoded.code, segments=r.alone), decoded.logits)
     x = meta.read(r.deciding)
     context = meta.switch_context(torch.cat([x, meta.summarise_segments(x, r.opened)], -1))
     logit = meta.switch_logit(context, F.pad(decoded.code[:, :-1], (0, 0, 1, 0)))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from internalrl.base.batches import held_out
 from internalrl.discovery import train
+from internalrl.discovery.grid import GridMaterial
 from internalrl.discovery.objective import Episodes
 from internalrl.discovery.slow import slow_features
 from internalrl.errors import InternalRLError
@@ -138,7 +139,7 @@ def test_discovery_begins_by_finding_them(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(train, "slow_features", finding)
     for model in (steered, again):
-        train.find_slow_features(model, DiscoverConfig(), seed=0)
+        train.find_slow_features(model, GridMaterial(SMALL, seed=0), DiscoverConfig())
     meta, other = steered.metacontroller, again.metacontroller
     assert torch.equal(meta.slow, other.slow)
     assert torch.equal(meta.slow_mean, other.slow_mean)

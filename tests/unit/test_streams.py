@@ -14,8 +14,9 @@ import torch
 from internalrl.analysis import evaluate, measure, probe
 from internalrl.base import batches
 from internalrl.base.trajectory import TrajectoryConfig, TrajectoryModel, llama_backbone
-from internalrl.discovery import consolidate, train
 from internalrl.discovery import evaluate as discovery
+from internalrl.discovery import train
+from internalrl.discovery.grid import GridMaterial
 from internalrl.domains import grid as domain
 from internalrl.domains.grid import GridConfig, Layouts
 from internalrl.internal_rl import train as internal_rl
@@ -57,11 +58,11 @@ def steered() -> SteeredModel:
 
 PURPOSES: dict[str, Callable[[SteeredModel, int], Any]] = {
     "pretraining": lambda _, seed: list(islice(batches.demonstration_batches(GRID, 2, seed), 8 * batches.BUCKET)),
-    "discovery": lambda model, seed: train.read_corpus(
-        model, DiscoverConfig(batch_size=2, batches=8 * batches.BUCKET), seed
+    "discovery": lambda model, seed: GridMaterial(GRID, seed).corpus(
+        model, DiscoverConfig(batch_size=2, batches=8 * batches.BUCKET)
     ),
-    "slow features": lambda model, seed: train.find_slow_features(model, DiscoverConfig(), seed),
-    "consolidation": lambda model, seed: consolidate.teach(model, ConsolidateConfig(episodes=EPISODES), seed),
+    "slow features": lambda model, seed: train.find_slow_features(model, GridMaterial(GRID, seed), DiscoverConfig()),
+    "consolidation": lambda model, seed: GridMaterial(GRID, seed).lessons(model, ConsolidateConfig(episodes=EPISODES)),
     "reinforcement": lambda model, seed: [
         internal_rl.grid_environments(model, ReinforceConfig(batch_size=EPISODES), seed)(k) for k in range(8)
     ],

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internalrl.discovery.evaluate import free_play
+from internalrl.discovery.material import Material
 from internalrl.discovery.rehearse import rehearse
-from internalrl.domains.grid import observe
 from internalrl.loop import Loop, optimise
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
@@ -25,7 +24,6 @@ from internalrl.stages import ConsolidateConfig
 from internalrl.streams import Stream
 
 LOG_EVERY = 10
-TOGETHER = 1024  # episodes played at once: few enough for the cache of a core
 
 
 @dataclass
@@ -57,35 +55,23 @@ def consolidation_loss(steered: SteeredModel, lesson: Lesson, switch_coef: float
     return kl + switch_coef * bce, {"kl": float(kl.detach()), "switch_loss": float(bce.detach())}
 
 
-def teach(steered: SteeredModel, config: ConsolidateConfig, seed: int) -> list[Lesson]:
-    """What the forgetful teacher does with random codes: no task, no reward, no end before the horizon."""
-    grid, lessons = steered.base.config.grid, []
-    for first in range(0, config.episodes, TOGETHER):
-        count = min(TOGETHER, config.episodes - first)
-        play = free_play(steered, grid, count, seed, forget=True, stream=Stream.LESSONS, index=first)
-        r = play.rollout
-        for part in torch.arange(count).split(config.batch_size):
-            observations = torch.from_numpy(observe(grid, play.contents[part], play.positions[part]))
-            residual = steered.residual(observations)
-            lessons.append(Lesson(residual, r.code[part], r.switch[part], r.logits[part], r.mask[part]))
-    return lessons
-
-
-def consolidate(steered: SteeredModel, config: ConsolidateConfig, run: RunFolder) -> dict[str, float]:
+def consolidate(
+    steered: SteeredModel, material: Material, config: ConsolidateConfig, run: RunFolder
+) -> dict[str, float]:
     """Both halves, one after the other; their seconds by name."""
     return {
-        "rehearse": rehearse(steered, config.rehearse, run).seconds,
-        "consolidate": distil(steered, config, run).seconds,
+        "rehearse": rehearse(steered, material, config.rehearse, run).seconds,
+        "consolidate": distil(steered, material, config, run).seconds,
     }
 
 
-def distil(steered: SteeredModel, config: ConsolidateConfig, run: RunFolder) -> Loop:
+def distil(steered: SteeredModel, material: Material, config: ConsolidateConfig, run: RunFolder) -> Loop:
     """Let the forgetful teacher play with random codes, then train the student on what it did."""
     meta = steered.metacontroller
     optimizer = torch.optim.AdamW(meta.parameters_of("history", "switch", "controller"), lr=config.lr, weight_decay=0.0)
     choice = Stream.CONSOLIDATE.torch(run.seed)
     loop = Loop(run, "consolidate", config.steps, {"metacontroller": meta}, {"adamw": optimizer}, {"choice": choice})
-    lessons = teach(steered, config, run.seed)
+    lessons = material.lessons(steered, config)
     for step in loop:
         lesson = lessons[int(torch.randint(len(lessons), (1,), generator=choice))]
         loss, metrics = consolidation_loss(steered, lesson, config.switch_coef)

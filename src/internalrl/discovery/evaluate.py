@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from internalrl.base.batches import Batch
-from internalrl.discovery.objective import Episodes, action_nll
+from internalrl.discovery.objective import Episodes, action_nll, opening
 from internalrl.domains.grid import GridConfig, sample_layouts
 from internalrl.domains.grid_play import FreePlay, entered_colors, subgoal_transitions
 from internalrl.metacontroller.rollout import Rollout, prior, rollout
@@ -20,9 +20,9 @@ from internalrl.streams import Stream
 
 def boundary_f1(predicted: Tensor, true: Tensor, mask: Tensor, tolerance: int = 1) -> float:
     """F1 of predicted against true boundaries, (B, T) bool each; a boundary counts if one of the other is within
-    `tolerance` steps. The first step is no boundary: it always opens a segment."""
-    predicted, true = predicted & mask, true & mask
-    predicted[:, 0] = true[:, 0] = False
+    `tolerance` steps. The first real step is no boundary: it always opens a segment."""
+    chosen = mask & ~opening(mask)
+    predicted, true = predicted & chosen, true & chosen
     precision = (predicted & _near(true, tolerance)).sum() / predicted.sum().clamp(min=1)
     recall = (true & _near(predicted, tolerance)).sum() / true.sum().clamp(min=1)
     return float(2 * precision * recall / (precision + recall).clamp(min=1e-9))
@@ -43,9 +43,11 @@ def alignment(steered: SteeredModel, batch: Batch) -> dict[str, float]:
     segments, _ = steered.metacontroller.parse(episodes.residual, episodes.slow, batch.mask)
     switch = segments.switch > 0.5
     return {
-        "hard_nll": action_nll(steered(episodes.residual, segments.code), batch.actions, batch.mask).item(),
+        "hard_nll": action_nll(
+            steered(episodes.residual, segments.code, episodes.where), batch.actions, batch.mask
+        ).item(),
         "switch_f1": boundary_f1(switch, batch.boundary, batch.mask),
-        "hard_switches": (switch & batch.mask)[:, 1:].sum().item() / len(batch),
+        "hard_switches": (switch & batch.mask & ~opening(batch.mask)).sum().item() / len(batch),
         "true_switches": batch.boundary.sum().item() / len(batch),
     }
 

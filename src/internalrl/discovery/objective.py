@@ -54,7 +54,7 @@ class Episodes:
 
     @property
     def where(self) -> Tensor | None:
-        """The steps (B, T) bool that are steered; None where that is all of them, as `SteeredModel.forward` takes it."""
+        """The steps (B, T) bool that are steered, as `SteeredModel.forward` takes it; None where that is all."""
         return None if self.mask[:, 0].all() else self.mask.cumsum(1) > 0
 
     def repeat(self, times: int) -> Episodes:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional as F
 
-from internalrl.base.batches import Batch, demonstration_batches, held_out
 from internalrl.base.trajectory import TrajectoryModel, load_trajectory_model, save_trajectory_model
 from internalrl.discovery.consolidate import consolidate
-from internalrl.discovery.evaluate import alignment, pass_rates
-from internalrl.discovery.objective import Coefficients, Episodes, discovery_loss
+from internalrl.discovery.grid import GridMaterial
+from internalrl.discovery.material import Material
+from internalrl.discovery.objective import Coefficients, discovery_loss
 from internalrl.discovery.slow import slow_features
 from internalrl.loop import Loop, optimise
 from internalrl.metacontroller.adapter import Adapter
@@ -36,11 +33,12 @@ def main(config: DiscoverConfig, run: RunFolder) -> dict[str, Any]:
     save_trajectory_model(base, run.path / "base")
     torch.manual_seed(run.seed)
     steered = SteeredModel.from_base(base, config.metacontroller)
-    seconds = discover(steered, config, run).seconds
+    material = GridMaterial(base.config.grid, run.seed)
+    seconds = discover(steered, material, config, run).seconds
     if config.consolidate.enabled:
-        seconds += sum(consolidate(steered, config.consolidate, run).values())
+        seconds += sum(consolidate(steered, material, config.consolidate, run).values())
     steered.save_pretrained(run.path / "adapter", {"discover": {"seed": run.seed}})
-    return {**evaluate(steered, run.seed), "seconds": seconds}
+    return {**material.measure(steered), "seconds": seconds}
 
 
 def load_base(config: DiscoverConfig) -> TrajectoryModel:
@@ -50,17 +48,16 @@ def load_base(config: DiscoverConfig) -> TrajectoryModel:
     return base
 
 
-def discover(steered: SteeredModel, config: DiscoverConfig, run: RunFolder) -> Loop:
-    """Train the metacontroller on demonstrations, in three phases; the base stays frozen.
+def discover(steered: SteeredModel, material: Material, config: DiscoverConfig, run: RunFolder) -> Loop:
+    """Train the metacontroller on the episodes of `material`, in three phases; the base stays frozen.
 
     Codes form under random switches, when information is nearly free; they are squeezed, still under random
     switches, until they hold little but the subgoal; only then is it worth asking when to switch. Once that is
     known, crops begin where the learned switch fires, so that a code always stands for a whole segment.
     """
-    meta, grid = steered.metacontroller, steered.base.config.grid
-    find_slow_features(steered, config, run.seed)
+    meta = steered.metacontroller
+    find_slow_features(steered, material, config)
     segmenter, corpus = copy.deepcopy(meta), None
-    unseen = held_out(grid, 256, run.seed)
     optimizer = make_optimizer(meta, config)
     choice = Stream.DISCOVER.torch(run.seed)
     learn_from = config.form_steps + config.squeeze_steps
@@ -74,7 +71,7 @@ def discover(steered: SteeredModel, config: DiscoverConfig, run: RunFolder) -> L
         if step == recrop_from:
             segmenter.load_state_dict(meta.state_dict())
         if corpus is None or step == recrop_from:
-            corpus = read_corpus(steered, config, run.seed, segmenter if step >= recrop_from else None)
+            corpus = material.corpus(steered, config, segmenter if step >= recrop_from else None)
         episodes = corpus[int(torch.randint(len(corpus), (1,), generator=choice))]
         loss, metrics = discovery_loss(
             steered,
@@ -89,42 +86,17 @@ def discover(steered: SteeredModel, config: DiscoverConfig, run: RunFolder) -> L
         last = step == total - 1
         if step % LOG_EVERY == 0 or last:
             if step % EVALUATE_EVERY == 0 or last:
-                metrics |= alignment(steered, unseen) | pass_rates(steered, grid, 64, run.seed)
+                metrics |= material.measure(steered, thorough=False)
             loop.log(**metrics)
     warn_of_collapse(run.metrics("discover")[-1])
     return loop
 
 
-def find_slow_features(steered: SteeredModel, config: DiscoverConfig, seed: int) -> None:
-    """Give the metacontroller the slow features that its encoder reads, found on whole demonstrations."""
-    meta, grid = steered.metacontroller, steered.base.config.grid
-    batch = held_out(grid, SLOW_EPISODES, seed, Stream.SLOW)
-    inferred = meta.read(steered.inferred(batch.observations, steered.residual(batch.observations)))
-    meta.slow_mean, meta.slow, _ = slow_features(inferred, batch.mask, meta.config.slow_features, config.slow_lag)
-
-
-def read_corpus(
-    steered: SteeredModel, config: DiscoverConfig, seed: int, segmenter: Metacontroller | None = None
-) -> list[Episodes]:
-    """Demonstrations with the frozen lower half's residuals, computed once; crops begin after the hard switches of
-    `segmenter` if there is one."""
-
-    @torch.no_grad()
-    def openings(batch: Batch) -> np.ndarray:
-        assert segmenter is not None
-        episodes = Episodes.of(steered, batch)
-        segments, _ = segmenter.parse(episodes.residual, episodes.slow, batch.mask)
-        return F.pad(segments.switch[:, 1:-1] > 0.5, (2, 0)).numpy()  # the step after a switch
-
-    batches = demonstration_batches(
-        steered.base.config.grid,
-        config.batch_size,
-        seed,
-        crop=config.crop,
-        stream=Stream.DISCOVER,
-        openings=openings if segmenter is not None else None,
-    )
-    return [Episodes.of(steered, batch) for batch in islice(batches, config.batches)]
+def find_slow_features(steered: SteeredModel, material: Material, config: DiscoverConfig) -> None:
+    """Give the metacontroller the features that its encoder reads, found on whole episodes."""
+    meta, batch = steered.metacontroller, material.sample(SLOW_EPISODES)
+    seen = meta.read(steered.view(batch.observations, steered.residual(batch.observations)))
+    meta.slow_mean, meta.slow, _ = slow_features(seen, batch.mask, meta.config.slow_features, config.slow_lag)
 
 
 def make_optimizer(meta: Metacontroller, config: DiscoverConfig) -> torch.optim.Optimizer:
@@ -168,9 +140,3 @@ def warn_of_collapse(metrics: dict[str, Any]) -> None:
         warnings.warn("The switch has collapsed: a new code is sent at nearly every step.", stacklevel=2)
     if metrics["kl"] < 0.1:
         warnings.warn("The codes have collapsed onto the prior: they carry no information.", stacklevel=2)
-
-
-def evaluate(steered: SteeredModel, seed: int) -> dict[str, Any]:
-    """Alignment on fresh demonstrations and the pass rates of random codes."""
-    grid = steered.base.config.grid
-    return {**alignment(steered, held_out(grid, 1024, seed)), "pass_rates": pass_rates(steered, grid, 512, seed)}

@@ -1,0 +1,146 @@
+"""Texts that are programs of the code domain: spliced ones are kept if they run, and codes are measured by idioms."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from internalrl.discovery.objective import Episodes
+from internalrl.domains.code import PROMPT, CodeConfig, parse
+from internalrl.domains.code_tasks import hidden_inputs
+from internalrl.domains.sandbox import Sandbox
+from internalrl.metacontroller.steered import SteeredModel
+from internalrl.streams import Stream
+
+if TYPE_CHECKING:
+    from internalrl.discovery.text import TextMaterial
+
+LONGEST = 256  # tokens that a program may grow to
+CHAIN = 4  # idioms of the programs that codes are forced to write
+TEMPERATURE = 0.3  # of the tokens under random codes
+
+
+class Programs:
+    """What is known of programs of `config`, which `tokenizer` writes and a sandbox really runs."""
+
+    def __init__(self, config: CodeConfig, tokenizer: PreTrainedTokenizerBase, measured: int = 512):
+        self.config, self.tokenizer, self.measured = config, tokenizer, measured
+
+    def boundaries(self, tokens: list[int]) -> list[int]:
+        ends, length, found = set(parse(self.config, self._text(tokens)).ends), 0, []
+        for position, piece in enumerate(self._pieces(tokens)):
+            length += len(piece)
+            if length in ends:
+                found.append(position)
+        return found
+
+    def accept(self, texts: list[list[int]]) -> list[bool]:
+        """Those that parse and run on the hidden inputs, of which only the inputs are used."""
+        with Sandbox() as sandbox:
+            outcomes = sandbox.run([self._text(text) for text in texts], hidden_inputs()[:3])
+        return [outcome.status == "ran" for outcome in outcomes]
+
+    def measure(self, steered: SteeredModel, material: TextMaterial) -> dict[str, Any]:
+        """`forced`: whether the idiom that a code stood for gets written, by kind of transition. `random_runs`: share
+        of programs that run under random codes."""
+        return {**self.forced(steered, material), **self.random(steered, material)}
+
+    @torch.no_grad()
+    def forced(self, steered: SteeredModel, material: TextMaterial) -> dict[str, float]:
+        """Codes of held-out programs, one after the other in a new order: are their idioms written in that order?
+
+        A program is judged up to its first mistake; a switch that is missed or comes too early is one.
+        """
+        codes, end = self._codes(steered, material)
+        rng, count = Stream.FREE_PLAY.numpy(material.seed), len(self.config.idioms)
+        chains = rng.integers(count, size=(self.measured, CHAIN))
+        chosen = torch.stack(
+            [
+                torch.stack([*(codes[k][rng.integers(len(codes[k]))] for k in chain), end[rng.integers(len(end))]])
+                for chain in chains.tolist()
+            ]
+        )
+        written = self._write(steered, chosen)
+        passed, asked = np.zeros(2), np.zeros(2)
+        first = whole = 0
+        for chain, text in zip(chains.tolist(), written, strict=True):
+            reading = parse(self.config, text)
+            for position, idiom in enumerate(chain):
+                good = reading.idioms[position : position + 1] == (idiom,)
+                if position:
+                    kind = int(self.config.unseen[chain[position - 1], idiom])
+                    asked[kind] += 1
+                    passed[kind] += good
+                else:
+                    first += good
+                if not good:
+                    break
+            whole += reading.complete and reading.idioms == tuple(chain)
+        return {
+            "forced_first": first / len(chains),
+            "forced_corpus": float(passed[0] / max(asked[0], 1)),
+            "forced_unseen": float(passed[1] / max(asked[1], 1)),
+            "forced_whole": whole / len(chains),
+        }
+
+    @torch.no_grad()
+    def random(self, steered: SteeredModel, material: TextMaterial) -> dict[str, Any]:
+        """Programs under z ~ N(0, I): how many run, and which transitions they make."""
+        generator = Stream.FREE_PLAY.torch(material.seed)
+        codes = torch.randn(self.measured, 16, steered.metacontroller.config.n_z, generator=generator)
+        texts = self._write(steered, codes, do_sample=True, temperature=TEMPERATURE)
+        with Sandbox() as sandbox:
+            outcomes = sandbox.run(texts, hidden_inputs()[:3])
+        readings = [parse(self.config, text) for text in texts]
+        chains = [reading.idioms for reading in readings]
+        steps = [(a, b) for chain in chains for a, b in pairwise(chain)]
+        return {
+            "random_runs": float(np.mean([outcome.status == "ran" for outcome in outcomes])),
+            "random_complete": float(np.mean([reading.complete for reading in readings])),
+            "random_idioms": float(np.mean([len(chain) for chain in chains])),
+            "random_unseen": float(np.mean([bool(self.config.unseen[a, b]) for a, b in steps])) if steps else 0.0,
+        }
+
+    def _codes(self, steered: SteeredModel, material: TextMaterial) -> tuple[list[Tensor], Tensor]:
+        """The posterior's mean codes of held-out idioms, at true boundaries: by idiom, and of the programs' end."""
+        batch = material.measured
+        episodes = Episodes.of(steered, batch)
+        mean = steered.metacontroller.propose(episodes.slow, episodes.mask, noise=False).mean
+        codes: list[list[Tensor]] = [[] for _ in self.config.idioms]
+        end: list[Tensor] = []
+        parts = zip(batch.observations, batch.boundary, batch.mask, strict=True)
+        for row, (tokens, boundary, mask) in enumerate(parts):
+            length = int(mask.nonzero()[-1]) + 2
+            positions = [int(mask.nonzero()[0]), *boundary.nonzero().squeeze(-1).tolist()]
+            idioms = parse(self.config, self._text(tokens[:length].tolist())).idioms
+            for position, idiom in zip(positions, idioms, strict=False):
+                codes[idiom].append(mean[row, position])
+            end.append(mean[row, positions[-1]])
+        return [torch.stack(c) for c in codes], torch.stack(end)
+
+    def _write(self, steered: SteeredModel, codes: Tensor, **options: Any) -> list[str]:
+        """Programs under codes (N, S, n_z), each one held until the switch fires; greedy unless told otherwise."""
+        prompt = torch.tensor(self.tokenizer(PROMPT, add_special_tokens=False)["input_ids"])
+        sequences = steered.generate(
+            prompt.expand(len(codes), -1),
+            codes=codes,
+            max_length=LONGEST,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
+        )
+        return [self._text(tokens) for tokens in sequences.tolist()]
+
+    def _text(self, tokens: list[int]) -> str:
+        return "".join(self._pieces(tokens))
+
+    def _pieces(self, tokens: list[int]) -> list[str]:
+        """The texts of the tokens, whose concatenation is the program; end and padding are nothing."""
+        special = self.tokenizer.all_special_ids
+        words = self.tokenizer.convert_ids_to_tokens(tokens)
+        return ["" if token in special else word for token, word in zip(tokens, words, strict=True)]
