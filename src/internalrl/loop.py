@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Loop:
         self.run.rewind(self.stage, self.step - 1)
         began = saved = time.monotonic()
         before = self.seconds
-        with progress(self.stage, self.total, self.step) as advance:
+        with progress(self.stage, self.total, self.step, self.run.silent) as advance:
             while self.step < self.total:
                 yield self.step
                 self.step += 1
@@ -111,16 +111,29 @@ def load_module(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     module.load_state_dict(dict(tensors))
 
 
-def optimise(loss: torch.Tensor, *optimizers: torch.optim.Optimizer, max_norm: float = 1.0) -> None:
+def optimise(
+    loss: torch.Tensor | Iterable[torch.Tensor],
+    *optimizers: torch.optim.Optimizer,
+    max_norm: float = 1.0,
+    share: Callable[[list[torch.Tensor]], None] | None = None,
+) -> None:
     """One gradient step with the global norm clipped; InternalRLError if loss or gradient are not finite.
 
     The weights are then as they were, so that no checkpoint is spoilt.
+
+    Args:
+        loss: or parts of it, each computed when its turn comes, so that one at a time is in memory.
+        share: makes the gradients of these parameters those of several processes.
     """
-    _require_finite("loss", loss)
+    parts = [loss] if isinstance(loss, torch.Tensor) else loss
     for optimizer in optimizers:
         optimizer.zero_grad()
-    loss.backward()
+    for part in parts:
+        _require_finite("loss", part)
+        part.backward()
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    if share is not None:
+        share(parameters)
     _require_finite("norm of the gradient", torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     for optimizer in optimizers:
         optimizer.step()

@@ -41,6 +41,8 @@ class RunFolder:
     """The run's seed; all of a stage's randomness derives from it."""
     resumed: bool = False
     """True when the run continues from its checkpoints."""
+    silent: bool = False
+    """True in all but the first of several processes: nothing is written or shown."""
 
     @classmethod
     def create(
@@ -116,6 +118,8 @@ class RunFolder:
                     f"{stage} stopped at step {step}: {name} is {value}; "
                     "lower the learning rate or check the data, then resume from the last checkpoint."
                 )
+        if self.silent:
+            return
         line = json.dumps(jsonable({"stage": stage, "step": step, **values}))
         file = self.path / "metrics.jsonl"
         with write_errors(file), open(file, "a", encoding="utf-8") as lines:
@@ -127,7 +131,8 @@ class RunFolder:
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop this stage's metrics after `step`, the last that the loaded checkpoint includes (-1: all)."""
-        self._keep_metrics(lambda line: line["stage"] != stage or line["step"] <= step)
+        if not self.silent:
+            self._keep_metrics(lambda line: line["stage"] != stage or line["step"] <= step)
 
     def _keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         if (self.path / "metrics.jsonl").exists():
@@ -138,7 +143,8 @@ class RunFolder:
         """Write checkpoints/<name>.safetensors whole or not at all; see `checkpoint.save_checkpoint`."""
         from internalrl.checkpoint import save_checkpoint
 
-        save_checkpoint(self.checkpoints / f"{name}.safetensors", tensors, state)
+        if not self.silent:
+            save_checkpoint(self.checkpoints / f"{name}.safetensors", tensors, state)
 
     def load_checkpoint(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Read checkpoints/<name>.safetensors; see `checkpoint.load_checkpoint`."""
@@ -152,7 +158,8 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file (config.json, summary.json) into the folder, whole or not at all."""
-        write_atomic(self.path / name, (json.dumps(jsonable(content), indent=2) + "\n").encode())
+        if not self.silent:
+            write_atomic(self.path / name, (json.dumps(jsonable(content), indent=2) + "\n").encode())
 
 
 def _require_same(path: Path, wanted: Mapping[str, Any]) -> None:
@@ -233,8 +240,8 @@ def _git_commit() -> str | None:
 
 
 @contextmanager
-def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Show progress on stderr: a bar with ETA on a terminal, else a plain line about every ten seconds.
+def progress(label: str, total: int, done: int = 0, silent: bool = False) -> Iterator[Callable[..., None]]:
+    """Show progress on stderr, if not `silent`: a bar with ETA on a terminal, else a line about every ten seconds.
 
     Yields `advance(steps=1, **shown)`; `shown` numbers, such as loss=0.31, stand beside the bar.
     """
@@ -243,6 +250,9 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
     def text(shown: Mapping[str, float]) -> str:
         return " ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
+    if silent:
+        yield lambda steps=1, **shown: None
+        return
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

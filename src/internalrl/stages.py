@@ -114,8 +114,8 @@ class ConsolidateConfig(Checked):
     """The first half."""
     episodes: Count = 3072
     """Reward-free episodes that the teacher plays; they count towards internal RL's episodes."""
-    steps: Count = 1200
-    """Optimiser steps."""
+    steps: Natural = 1200
+    """Optimiser steps of the second half; 0 leaves it out. Texts have none: in rehearsal they are already whole."""
     batch_size: Count = 32
     """Episodes per step."""
     lr: Positive = 2e-3
@@ -129,7 +129,12 @@ class DiscoverConfig(Checked):
     """Stage 2: discovery of abstract actions (paper, C.4), and the schedule that makes aligned switching reliable."""
 
     base: Path = Path("runs/pretrain")
-    """Run folder of the base model."""
+    """Run folder of the base model; of a language model also the folder that it and its tokenizer were saved to."""
+    data: Path | None = None
+    """JSONL file of texts, with `text`, `prompt` and `completion`, or `messages`: with it the base is a language
+    model; without, the grid's. See the preset `text`."""
+    domain: Literal["text", "code", "code-large"] = "text"
+    """What is known of the texts: nothing, or that they are programs of the code domain (or of its large preset)."""
     metacontroller: MetacontrollerConfig = field(default_factory=MetacontrollerConfig)
     """Sizes of the metacontroller."""
     consolidate: ConsolidateConfig = field(default_factory=ConsolidateConfig)
@@ -182,20 +187,14 @@ class DiscoverConfig(Checked):
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(Checked):
-    """Stage 3: internal RL (paper, C.5)."""
+class PolicyGradientConfig(Checked):
+    """Stage 3 on whatever is played: budget, update and policy."""
 
-    discovered: Path = Path("runs/discover")
-    """Run folder of base and adapter."""
     agent: Literal["internal", "raw-action"] = "internal"
-    """Who learns: a policy over codes, or, as the baseline, the base model's own action distribution."""
-    controller: bool = True
-    """Off: no write-back at all, so that raw-action RL starts from the bare base."""
-    task: str = "0-1-2-3-4-5-6-7-0-1-2-3"
-    """Colours to visit in order; reward 1 for the whole of it."""
+    """Who learns: a policy over codes, or, as the baseline, the base model's own distribution of actions or tokens."""
     episodes: Count = 300_000
     """Most episodes, played in whole batches; one batch is always played."""
-    target: Positive = 0.97
+    target: Annotated[float | None, Range(0, above=True)] = 0.97
     """Stop when the mean success of the last five iterations reaches this."""
     batch_size: Annotated[int, Range(2)] = 1024
     """Episodes per iteration N."""
@@ -210,12 +209,55 @@ class ReinforceConfig(Checked):
     policy_hidden: Count = 64
     """Width of the policy's recurrent layer."""
     temperature: NotNegative = 0.0
-    """Temperature of the base model's actions; 0 is greedy."""
+    """Temperature of the base model's actions or tokens; 0 is greedy."""
+
+
+@dataclass(frozen=True)
+class CompletionConfig(Checked):
+    """Stage 3 on text: how completions are made and compared."""
+
+    max_completion_length: Count = 256
+    """The most tokens of a completion."""
+    num_generations: Annotated[int, Range(2)] = 8
+    """Completions per prompt in a batch; those of the same prompt are compared with one another."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each reward function; by default 1."""
+
+
+@dataclass(frozen=True)
+class InternalRLConfig(CompletionConfig, PolicyGradientConfig):
+    """Settings of `InternalRLTrainer`."""
+
+    output_dir: Path = Path("runs/reinforce")
+    """Run folder: config, metrics, checkpoints and, at the end, the adapter."""
+    seed: Natural = 0
+    """Seed of all randomness."""
+    overwrite_output_dir: bool = False
+    """Replace the run in the folder."""
+    target: Annotated[float | None, Range(0, above=True)] = None
+    """Stop when the mean reward of the last five iterations reaches this; None: never."""
+
+
+@dataclass(frozen=True)
+class ReinforceConfig(CompletionConfig, PolicyGradientConfig):
+    """Stage 3: internal RL (paper, C.5)."""
+
+    discovered: Path = Path("runs/discover")
+    """Run folder of base and adapter."""
+    controller: bool = True
+    """Off: no write-back at all, so that raw-action RL starts from the bare base."""
+    task: str = "0-1-2-3-4-5-6-7-0-1-2-3"
+    """Colours to visit in order; reward 1 for the whole of it."""
     forget: bool = True
     """Cut the base model's context at every switch, as consolidation's teacher does: what came before a segment then
-    cannot talk the base out of it. Off: the whole context."""
+    cannot talk the base out of it. Off: the whole context. Language models always have the whole context."""
     limits: Path | None = None
     """YAML file of the strategies that the policy may not use; see docs/serving.md."""
+    prompts: Path | None = None
+    """JSONL file with a `prompt` in each line, and whatever columns the rewards read: with it the base is a language
+    model; without, the grid's."""
+    rewards: tuple[str, ...] = ()
+    """Reward functions of completions, as dotted paths: package.module.function."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

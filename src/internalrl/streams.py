@@ -27,6 +27,7 @@ class Stream(IntEnum):
     SLOW = 11  # demonstrations that slow features are found on
     REHEARSE = 13  # demonstrations of rehearsal, and the order of their batches
     STRATEGIES = 12  # texts and episodes that strategies are found in
+    PROMPTS = 14  # the order of stage 3's prompts
 
     def numpy(self, seed: int, index: int = 0) -> np.random.Generator:
         """The generator of a run's `seed`; `index` tells parts of the stream apart, such as batches."""

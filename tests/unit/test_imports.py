@@ -18,7 +18,7 @@ PACKAGE = Path(internalrl.__file__).parent
 LAYERS = (
     {"errors"},
     {"files", "domains", "ranges", "streams"},
-    {"checkpoint", "configio"},
+    {"checkpoint", "configio", "processes"},
     {"runlog"},
     {"loop"},
     {"config", "stages"},

@@ -240,7 +240,7 @@ def text_batches(examples: Examples, size: int, seed: int, stream: Stream, start
     chunk = size * BUCKET
     while True:
         first = start // BUCKET * chunk
-        drawn = _in_epochs(len(examples), first, first + chunk, seed, stream)
+        drawn = in_epochs(len(examples), first, first + chunk, seed, stream)
         order = np.argsort(examples.lengths[drawn], kind="stable").reshape(BUCKET, size)
         rng = stream.numpy(seed, 2 * (start // BUCKET) + 1)  # odd: the even numbers are the epochs'
         for rows in rng.permutation(order)[start % BUCKET :]:
@@ -248,7 +248,7 @@ def text_batches(examples: Examples, size: int, seed: int, stream: Stream, start
         start += BUCKET - start % BUCKET
 
 
-def _in_epochs(count: int, first: int, last: int, seed: int, stream: Stream) -> NDArray[np.int64]:
+def in_epochs(count: int, first: int, last: int, seed: int, stream: Stream) -> NDArray[np.int64]:
     """Numbers `first` to `last` − 1 of the endless sequence that epochs of `count` texts make."""
     epochs = range(first // count, (last - 1) // count + 1)
     numbers = np.concatenate([stream.numpy(seed, 2 * epoch).permutation(count) for epoch in epochs])

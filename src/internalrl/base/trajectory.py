@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, Cache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.utils.generic import ModelOutput
 
+from internalrl.base.caches import PreallocatedLayer
 from internalrl.base.encoders import ENCODERS, EncoderState
 from internalrl.domains.grid_layouts import GridConfig
 from internalrl.errors import InternalRLError
@@ -196,49 +196,13 @@ def relative_bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor
     return torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
 
-class _PreallocatedLayer(DynamicLayer):
-    """Keys and values written in place into a buffer that doubles, instead of concatenated at every step."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.used = 0
-            self.buffer = key_states.new_empty(2, *key_states.shape[:2], 0, key_states.shape[-1])
-        end = self.used + key_states.shape[-2]
-        if end > self.buffer.shape[-2]:
-            grown = self.buffer.new_empty(*self.buffer.shape[:-2], max(2 * self.used, end, 16), self.buffer.shape[-1])
-            grown[..., : self.used, :] = self.buffer[..., : self.used, :]
-            self.buffer = grown
-        self.buffer[0, :, :, self.used : end] = key_states
-        self.buffer[1, :, :, self.used : end] = value_states
-        self.used = end
-        self.keys, self.values = self.buffer[0, :, :, :end], self.buffer[1, :, :, :end]
-        return self.keys, self.values
-
-    def rewind(self, length: int) -> None:
-        """Forget the steps after the first `length`."""
-        self.used = min(self.used, length)
-        self.keys, self.values = self.buffer[0, :, :, : self.used], self.buffer[1, :, :, : self.used]
-
-    def drop(self, length: int) -> None:
-        """Forget the first `length` steps."""
-        self.buffer = self.buffer[..., length:, :]
-        self.used -= length
-        self.rewind(self.used)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self.buffer = self.buffer[:, indices]
-            self.keys, self.values = self.buffer[0, :, :, : self.used], self.buffer[1, :, :, : self.used]
-
-
 class TrajectoryCache(Cache):
     """Keys, values and encoder state of a batch of trajectories; `select` drops finished rows."""
 
-    layers: list[Any]  # _PreallocatedLayer
+    layers: list[Any]  # PreallocatedLayer
 
     def __init__(self, layers: int):
-        super().__init__(layers=[_PreallocatedLayer() for _ in range(layers)])
+        super().__init__(layers=[PreallocatedLayer() for _ in range(layers)])
         self.encoder: EncoderState | None = None
 
     @property

@@ -5,6 +5,7 @@ An agent plays a batch of episodes and can say how likely its decisions were; `t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,17 +15,30 @@ from torch import Tensor, nn
 from internalrl.internal_rl.recording import Recording
 from internalrl.metacontroller.limits import Limits
 from internalrl.metacontroller.policy import Policy, PolicyActor
-from internalrl.metacontroller.rollout import BatchEnvironment, Rollout, rollout
+from internalrl.metacontroller.rollout import BatchEnvironment, Rollout, RowChance, rollout
 from internalrl.metacontroller.steered import SteeredModel
+
+SCORED_TOGETHER = 128
+"""Texts whose tokens are scored, with gradients, at once."""
 
 
 @dataclass
 class Decisions:
-    """What was `seen` (N, S, …) and `chosen` (N, S, …) at S decisions of each episode; `mask` (N, S): real ones."""
+    """What was `seen` (N, S, …) and `chosen` (N, S, …) at S decisions of each episode; `mask` (N, S): real ones.
+
+    `together` is how many episodes can be scored at once, None for all: what the memory holds.
+    """
 
     seen: Tensor
     chosen: Tensor
     mask: Tensor
+    together: int | None = None
+
+    def parts(self) -> Iterator[tuple[slice, Decisions]]:
+        """Which episodes, and their decisions: as many at a time as can be scored."""
+        size = self.together or len(self.mask)
+        for rows in (slice(begin, begin + size) for begin in range(0, len(self.mask), size)):
+            yield rows, Decisions(self.seen[rows], self.chosen[rows], self.mask[rows])
 
 
 class Agent(Protocol):
@@ -34,7 +48,9 @@ class Agent(Protocol):
     def module(self) -> nn.Module:
         """Holds the parameters that learn."""
 
-    def play(self, environment: BatchEnvironment, generator: torch.Generator) -> tuple[Rollout, Decisions]: ...
+    def play(
+        self, environment: BatchEnvironment, generator: torch.Generator | RowChance
+    ) -> tuple[Rollout, Decisions]: ...
 
     def log_prob(self, decisions: Decisions) -> Tensor: ...
 
@@ -60,8 +76,9 @@ class InternalAgent:
         self.steered, self.module, self.temperature = steered, policy, temperature
         self.deterministic, self.forget, self.limits = deterministic, forget, limits
 
-    def play(self, environment: BatchEnvironment, generator: torch.Generator) -> tuple[Rollout, Decisions]:
-        actor = PolicyActor(self.module, len(environment), generator, self.deterministic, self.limits)
+    def play(self, environment: BatchEnvironment, generator: torch.Generator | RowChance) -> tuple[Rollout, Decisions]:
+        noise = generator.codes if isinstance(generator, RowChance) else generator
+        actor = PolicyActor(self.module, len(environment), noise, self.deterministic, self.limits)
         result = rollout(self.steered, environment, actor, self.temperature, self.forget, generator)
         return result, Decisions(*actor.segments())
 
@@ -82,7 +99,7 @@ class RawActionAgent:
         self.module.requires_grad_(True)
         steered.metacontroller.requires_grad_(False)
 
-    def play(self, environment: BatchEnvironment, generator: torch.Generator) -> tuple[Rollout, Decisions]:
+    def play(self, environment: BatchEnvironment, generator: torch.Generator | RowChance) -> tuple[Rollout, Decisions]:
         recording = Recording(environment)
         result = rollout(self.steered, recording, self._zero_code, self.temperature, generator=generator)
         return result, Decisions(recording.observations(result.actions.shape[1]), result.actions, result.mask)
@@ -98,3 +115,26 @@ class RawActionAgent:
 
     def _zero_code(self, rows: Tensor, x: Tensor) -> Tensor:
         return torch.zeros(len(rows), self.steered.metacontroller.config.n_z)
+
+
+class RawTokenAgent(RawActionAgent):
+    """The same for texts, as `Completions` writes them."""
+
+    def play(self, environment: BatchEnvironment, generator: torch.Generator | RowChance) -> tuple[Rollout, Decisions]:
+        prompts = torch.from_numpy(environment.observe())
+        result = rollout(self.steered, environment, self._zero_code, self.temperature, generator=generator)
+        seen = torch.cat([prompts, result.actions[:, :-1]], 1)
+        return result, Decisions(seen, result.actions, result.mask, SCORED_TOGETHER)
+
+    def log_prob(self, decisions: Decisions) -> Tensor:
+        """(N, T): a full forward of the base over prompts and completions."""
+        prompt = decisions.seen.shape[1] - decisions.chosen.shape[1]  # tokens before the first that decides
+        real = decisions.seen >= 0
+        inputs: dict[str, Tensor] = {"input_ids": decisions.seen.clamp(min=0)}
+        if not real.all():
+            inputs |= {"attention_mask": real.long(), "position_ids": (real.cumsum(1) - 1).clamp(min=0)}
+        code = torch.zeros(self.steered.metacontroller.config.n_z)
+        where = (torch.arange(real.shape[1]) >= prompt).expand_as(real)
+        logits = self.steered(code=code, where=where, use_cache=False, **inputs).logits[:, prompt:]
+        log_probs = torch.log_softmax(logits.float() / self.temperature, -1)
+        return log_probs.gather(-1, decisions.chosen[..., None]).squeeze(-1)

@@ -7,26 +7,33 @@ nothing but this small policy is trained.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from internalrl.base.trajectory import save_trajectory_model
 from internalrl.domains.grid import GridBatch, GridConfig, parse_task, sample_layouts
-from internalrl.internal_rl.agents import Agent, InternalAgent, RawActionAgent
+from internalrl.errors import InternalRLError
+from internalrl.internal_rl.agents import Agent, Decisions, InternalAgent, RawActionAgent
 from internalrl.internal_rl.objective import advantages, clipped_surrogate
 from internalrl.loop import Loop, optimise
 from internalrl.metacontroller.limits import Limits, load_limits
 from internalrl.metacontroller.policy import Policy
-from internalrl.metacontroller.rollout import BatchEnvironment
+from internalrl.metacontroller.rollout import BatchEnvironment, Rollout, RowChance
 from internalrl.metacontroller.steered import SteeredModel
+from internalrl.processes import Processes
 from internalrl.runlog import RunFolder
-from internalrl.stages import ReinforceConfig
+from internalrl.stages import PolicyGradientConfig, ReinforceConfig
 from internalrl.streams import Stream
 
 Environments = Callable[[int], BatchEnvironment]
 """The batch of episodes of an iteration."""
+
+Chance = Callable[[int], torch.Generator | RowChance]
+"""The random numbers of an iteration."""
 
 RECENT = 5  # iterations whose mean success is compared with the target
 
@@ -83,46 +90,121 @@ def grid_environments(steered: SteeredModel, config: ReinforceConfig, seed: int)
     )
 
 
+@dataclass
+class Outcome:
+    """What a batch of N episodes came to: `reward` (N,), of all processes; `groups` (N,), which are compared with one
+    another, None if all are; `metrics` for the log, `success`, which the target is about, among them."""
+
+    reward: Tensor
+    groups: Tensor | None
+    metrics: dict[str, float]
+
+
+Judge = Callable[[BatchEnvironment, Rollout], Outcome]
+
+
+def own_reward(environment: BatchEnvironment, result: Rollout) -> Outcome:
+    """The environment's own verdict."""
+    reward = result.reward
+    return Outcome(reward, None, {
+        "success": reward.mean().item(),
+        "reward_std": reward.std().item(),
+        "frac_reward_zero_std": float(not advantages(reward).any()),
+        "length": result.length.float().mean().item(),
+    })  # fmt: skip
+
+
 def reinforce(
     agent: Agent,
     environments: Environments,
-    config: ReinforceConfig,
+    config: PolicyGradientConfig,
     run: RunFolder,
     stage: str = "reinforce",
+    judge: Judge = own_reward,
+    chance: Chance | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
-    """Play, score, improve: one iteration is one batch of episodes and a few passes of clipped policy gradient."""
+    """Play, score, improve: one iteration is one batch of episodes and a few passes of clipped policy gradient.
+
+    Args:
+        judge: says what a batch came to. Where it raises, the weights are saved as they were.
+        chance: the random numbers of an iteration; by default one generator for all.
+        processes: each of them plays its share of the batch.
+    """
+    processes = processes or Processes()
+    share = processes.share(config.batch_size)
     optimizer = torch.optim.Adam(agent.module.parameters(), lr=config.lr)
     iterations = max(1, config.episodes // config.batch_size)  # whole batches: a last one must not pass the budget
     loop = Loop(run, stage, iterations, {"policy": agent.module}, {"adam": optimizer})
+    recent: deque[float] = deque(maxlen=RECENT)
     for iteration in loop:
-        result, decisions = agent.play(environments(iteration), Stream.REINFORCE.torch(run.seed, iteration))
-        advantage = advantages(result.reward)
+        recent = recent or recent_scores(run, stage, iteration)
+        generator = Stream.REINFORCE.torch(run.seed, iteration) if chance is None else chance(iteration)
+        environment = environments(iteration)
+        result, decisions = agent.play(environment, generator)
+        try:
+            outcome = judge(environment, result)
+        except InternalRLError:
+            loop.save()
+            raise
+        advantage = advantages(outcome.reward, outcome.groups)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, 2 * (1 - iteration / iterations))
-        for epoch in range(config.epochs if advantage.any() else 0):  # equal rewards: nothing to learn from
-            log_prob = agent.log_prob(decisions)
-            if epoch == 0:
-                old_log_prob = log_prob.detach()
-            loss = clipped_surrogate(log_prob, old_log_prob, advantage, decisions.mask, config.clip_coef)
-            optimise(loss, optimizer)
+        count, entropy = sum(processes.gather([int(decisions.mask.sum())])), None
+        if advantage.any():  # equal rewards: nothing to learn from
+            entropy = improve(
+                agent, decisions, advantage[share.start : share.stop], count, config, optimizer, processes
+            )
         loop.log(
             episodes=(iteration + 1) * config.batch_size,
-            success=result.reward.mean().item(),
-            reward_std=result.reward.std().item(),
-            frac_reward_zero_std=float(not advantage.any()),
-            length=result.length.float().mean().item(),
-            decisions=decisions.mask.sum(1).float().mean().item(),
+            **outcome.metrics,
+            decisions=(torch.tensor(float(count)) / config.batch_size).item(),
+            entropy=entropy,
         )
-        if recent_success(run, stage) >= config.target:
+        recent.append(outcome.metrics["success"])
+        if config.target is not None and mean_score(recent) >= config.target:
             loop.finish()
     return {
-        "success": recent_success(run, stage),
+        "success": mean_score(recent or recent_scores(run, stage, loop.step)),
         "episodes": loop.step * config.batch_size,
         "seconds": loop.seconds,
     }
 
 
-def recent_success(run: RunFolder, stage: str) -> float:
-    """Mean success of the last iterations; 0 before there are enough of them."""
-    lines = deque(run.metrics(stage), maxlen=RECENT)
-    return sum(line["success"] for line in lines) / RECENT if len(lines) == RECENT else 0.0
+def improve(
+    agent: Agent,
+    decisions: Decisions,
+    advantage: Tensor,
+    count: int,
+    config: PolicyGradientConfig,
+    optimizer: torch.optim.Optimizer,
+    processes: Processes,
+) -> float:
+    """Several passes over one batch, whose ratio is 1 in the first; returns the decisions' entropy, as sampled.
+
+    Args:
+        advantage: (N,), of this process's episodes, as `decisions`; count: decisions of all processes.
+    """
+    old: dict[int, Tensor] = {}
+
+    def losses() -> Iterator[Tensor]:
+        for rows, part in decisions.parts():
+            log_prob = agent.log_prob(part)
+            old_log_prob = old.setdefault(rows.start, log_prob.detach())
+            yield clipped_surrogate(log_prob, old_log_prob, advantage[rows], part.mask, config.clip_coef, count)
+
+    for _ in range(config.epochs):
+        optimise(losses(), optimizer, share=processes.sum_gradients)
+    surprise = sum(-(old[rows.start] * part.mask).sum().item() for rows, part in decisions.parts())
+    return sum(processes.gather([surprise])) / count
+
+
+def mean_score(recent: deque[float]) -> float:
+    """Mean of the last iterations' scores; 0 before there are enough of them."""
+    return sum(recent) / RECENT if len(recent) == RECENT else 0.0
+
+
+def recent_scores(run: RunFolder, stage: str, before: int) -> deque[float]:
+    """The scores that the run's last iterations `before` this one have logged."""
+    lines = (line for line in run.metrics(stage) if line["step"] < before)
+    return deque((line["success"] for line in lines), maxlen=RECENT)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from internalrl.base.trajectory import TrajectoryCache
+from internalrl.base.caches import token_cache
 from internalrl.metacontroller.codes import Propose, asking
 from internalrl.metacontroller.model import MetacontrollerState
 from internalrl.metacontroller.steering import Steering
@@ -35,10 +36,11 @@ class Decoding:
     see; None means that rows see their whole past.
     """
 
-    cache: TrajectoryCache | None
+    cache: Any  # a TrajectoryCache or a TokenCache; None before the first step
     state: MetacontrollerState
     segments: Tensor | None
     switched: Tensor | None = None  # with `segments`, the rows whose switch fired in the last step
+    mask: Tensor | None = None  # (B, past), False at the padding of prompts; None where there is none
 
     def continued_segments(self) -> Tensor | None:
         """Segment numbers (B, past + 1) with one more step: what `step` will let it see.
@@ -69,10 +71,13 @@ class Decoding:
             self.segments = self.segments[rows]
         if self.switched is not None:
             self.switched = self.switched[rows]
+        if self.mask is not None:
+            self.mask = self.mask[rows]
 
 
 def start(self: SteeredModel, batch: int, forget: bool = False) -> Decoding:
-    """A fresh decoding of `batch` sequences; with `forget`, a segment sees nothing from before it."""
+    """A fresh decoding of `batch` sequences; with `forget`, which language models cannot, a segment sees nothing from
+    before it."""
     state = self.metacontroller.start(batch)
     return Decoding(None, state, torch.zeros(batch, 0, dtype=torch.long) if forget else None)
 
@@ -82,20 +87,22 @@ def step(self: SteeredModel, observations: Tensor, decoding: Decoding, propose: 
     """Decode one step for every row: read e_t, switch where β fires, ask for new codes there, steer.
 
     Args:
-        observations: (B, observation_size).
+        observations: (B, observation_size). Of a language model, tokens (B, T): first the prompts, −1 where they are
+            padded, on the left; then one more each time. As in `generate`, a first segment opens at the last token of
+            the prompts.
         decoding: from `start`; advanced in place.
         propose: asked for a code at every switch.
     """
     before = decoding.state
-    steering = Steering(self.metacontroller, asking(propose), before, fresh=decoding.switched)
-    decoding.segments = decoding.continued_segments()  # until the switch says otherwise
+    if self.base.main_input_name == "input_ids":
+        inputs, prompt = _token_inputs(self, observations, decoding), observations.shape[1] - 1
+    else:
+        decoding.segments = decoding.continued_segments()  # until the switch says otherwise
+        inputs, prompt = {"observations": observations[:, None], "segments": decoding.segments}, 0
+    mask = None if decoding.mask is None else decoding.mask[:, -prompt - 1 :]
+    steering = Steering(self.metacontroller, asking(propose), before, prompt, mask, fresh=decoding.switched)
     with self.open_taps((self.tap, steering)):
-        output = self.base(
-            observations[:, None],
-            past_key_values=decoding.cache,
-            use_cache=True,
-            segments=decoding.segments,
-        )
+        output = self.base(past_key_values=decoding.cache, use_cache=True, **inputs)
     decoding.cache, decoding.state = output.past_key_values, steering.state
     result = Step(output.logits[:, -1], steering.switch[0], steering.logit[0], steering.code[0])
     if decoding.segments is not None:
@@ -103,6 +110,20 @@ def step(self: SteeredModel, observations: Tensor, decoding: Decoding, propose: 
         _forget(self, observations, decoding, decoding.switched.nonzero().squeeze(-1), result)
         decoding.drop_unseen()
     return result
+
+
+def _token_inputs(self: SteeredModel, tokens: Tensor, decoding: Decoding) -> dict[str, Any]:
+    """What a language model's forward pass needs besides the cache, which is made for the prompts."""
+    if decoding.cache is None:
+        decoding.cache = token_cache(self.base)
+        decoding.mask = None if (tokens >= 0).all() else tokens >= 0
+    elif decoding.mask is not None:
+        decoding.mask = F.pad(decoding.mask, (0, 1), value=True)
+    inputs: dict[str, Any] = {"input_ids": tokens.clamp(min=0), "logits_to_keep": 1}
+    if decoding.mask is not None:
+        positions = decoding.mask.cumsum(1)[:, -tokens.shape[1] :] - 1
+        inputs |= {"attention_mask": decoding.mask.long(), "position_ids": positions.clamp(min=0)}
+    return inputs
 
 
 @torch.no_grad()

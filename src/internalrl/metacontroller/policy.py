@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from internalrl.metacontroller.model import gru_step
 
 if TYPE_CHECKING:
+    from internalrl.metacontroller.codes import RowNoise
     from internalrl.metacontroller.limits import Limits
 
 
@@ -49,6 +50,7 @@ class PolicyActor:
     Args:
         policy: it is not changed.
         episodes: number of rows of the batch.
+        generator: of all rows together, or noise that a row has to itself.
         deterministic: propose the mean instead of a sample.
         limits: applied to what the policy chose: no code that they deny is ever proposed. What is remembered is the
             policy's choice, of which alone it knows the probability; what the limits make of it is the environment's.
@@ -61,7 +63,7 @@ class PolicyActor:
         self,
         policy: Policy,
         episodes: int,
-        generator: torch.Generator,
+        generator: torch.Generator | RowNoise,
         deterministic: bool = False,
         limits: Limits | None = None,
     ):
@@ -75,15 +77,19 @@ class PolicyActor:
     def __call__(self, rows: Tensor, x: Tensor) -> Tensor:
         hidden = gru_step(self.policy.recurrent, x, self.hidden[rows])
         self.hidden[rows] = hidden
-        code = self.policy.mean(hidden) if self.deterministic else self._draw(hidden)
+        code = self.policy.mean(hidden) if self.deterministic else self._draw(rows, hidden)
         self.events.append((rows, x, code))
         if self.limits is None:
             return code
-        return self.limits.decide(code, lambda denied: self._draw(hidden[denied])).codes
+        return self.limits.decide(code, lambda denied: self._draw(rows[denied], hidden[denied])).codes
 
-    def _draw(self, hidden: Tensor) -> Tensor:
+    def _draw(self, rows: Tensor, hidden: Tensor) -> Tensor:
         mean = self.policy.mean(hidden)
-        return mean + self.policy.log_std.exp() * torch.randn(mean.shape, generator=self.generator)
+        if isinstance(self.generator, torch.Generator):
+            noise = torch.randn(mean.shape, generator=self.generator)
+        else:
+            noise = self.generator.next(torch.zeros(len(self.hidden), dtype=torch.bool).index_fill(0, rows, True))[rows]
+        return mean + self.policy.log_std.exp() * noise
 
     def segments(self) -> tuple[Tensor, Tensor, Tensor]:
         """What was read (N, S, n_e), the codes chosen (N, S, n_z) and the mask (N, S) of real switches."""

@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internalrl.metacontroller.codes import Propose
+from internalrl.metacontroller.codes import Propose, RowNoise, row_seeds
 from internalrl.metacontroller.steered import SteeredModel
 
 
 class BatchEnvironment(Protocol):
-    """What a rollout needs of an environment: N episodes at once, as `domains.grid.GridBatch` has them."""
+    """What a rollout needs of an environment: N episodes at once, as `domains.grid.GridBatch` has them.
+
+    `config.horizon` is the most steps of an episode. What `observe` returns is what `SteeredModel.step` takes.
+    """
 
     config: Any
 
@@ -32,7 +35,7 @@ class Rollout:
     """N episodes of up to T steps; entries at steps ≥ length are zero.
 
     reward (N,), length (N,), actions (N, T), logits (N, T, A), switch (N, T) bool, switch_logit (N, T),
-    code (N, T, n_z).
+    code (N, T, n_z). Of texts, whose vocabularies are large, no logits are kept: A = 0.
     """
 
     reward: Tensor
@@ -49,6 +52,24 @@ class Rollout:
         return torch.arange(self.actions.shape[1]) < self.length[:, None]
 
 
+@dataclass
+class RowChance:
+    """Random numbers that a row has to itself: whatever else is in the batch, it plays the same.
+
+    codes: vectors for its segments; uniform (N, T): numbers in [0, 1) that decide its actions.
+    """
+
+    codes: RowNoise
+    uniform: Tensor
+
+    @classmethod
+    def draw(cls, generator: torch.Generator, rows: range, count: int, horizon: int, n_z: int) -> RowChance:
+        """Those of `rows` in a batch of `count`: the same, whichever of the others are wanted."""
+        seeds = row_seeds(generator, 1, count)
+        uniform = torch.rand(count, horizon, generator=generator)
+        return cls(RowNoise([seeds[row] for row in rows], n_z, torch.zeros(0)), uniform[rows.start : rows.stop])
+
+
 def prior(n_z: int, generator: torch.Generator | None = None) -> Propose:
     """Codes from N(0, I)."""
     return lambda rows, x: torch.randn(len(rows), n_z, generator=generator)
@@ -60,7 +81,7 @@ def rollout(
     propose: Propose,
     temperature: float = 0.0,
     forget: bool = False,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | RowChance | None = None,
 ) -> Rollout:
     """Play every episode of `environment` to its end.
 
@@ -68,12 +89,14 @@ def rollout(
         propose: asked for codes at the switches of running episodes, with row numbers of the whole batch.
         temperature: of the base model's actions; 0 is greedy.
         forget: every segment starts with an empty context (the teacher of consolidation).
+        generator: decides the actions at temperatures above 0.
     """
     count, horizon = len(environment), environment.config.horizon
     decoding = steered.start(count, forget)
     rows = torch.arange(count)
     reward, length = torch.zeros(count), torch.zeros(count, dtype=torch.long)
     record: dict[str, Tensor] = {}
+    writes = steered.base.main_input_name == "input_ids"
 
     def write(t: int, **values: Tensor) -> None:
         for name, value in values.items():
@@ -91,11 +114,14 @@ def rollout(
     for t in range(horizon):
         alive = torch.from_numpy(environment.alive.copy())
         step = steered.step(torch.from_numpy(environment.observe()), decoding, propose_alive)
-        actions = choose(step.logits, temperature, generator)
+        if isinstance(generator, RowChance):
+            actions = choose(step.logits, temperature, uniform=generator.uniform[rows, t])
+        else:
+            actions = choose(step.logits, temperature, generator)
         write(
             t,
             actions=actions,
-            logits=step.logits,
+            logits=step.logits[:, :0] if writes else step.logits,
             switch=step.switch,
             switch_logit=step.switch_logit,
             code=step.code,
@@ -117,8 +143,17 @@ def rollout(
     return Rollout(reward, length, **cut)
 
 
-def choose(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
-    """Actions (B,) from logits (B, A): the best one at temperature 0, else a sample."""
+def choose(
+    logits: Tensor, temperature: float, generator: torch.Generator | None = None, uniform: Tensor | None = None
+) -> Tensor:
+    """Actions (B,) from logits (B, A): the best one at temperature 0, else a sample.
+
+    Args:
+        uniform: (B,) numbers in [0, 1) that decide, in place of `generator`.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator).squeeze(-1)
+    if uniform is None:
+        return torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator).squeeze(-1)
+    reached = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+    return (reached <= (uniform[:, None] * reached[:, -1:])).sum(-1)

@@ -1,0 +1,131 @@
+"""Reward functions in TRL's form: lists in, a list of floats or None out; called, checked and weighted.
+
+    def shorter(completions, **columns):
+        return [-len(text) / 100 for text in completions]
+
+A function gets `prompts`, `completions`, `completion_ids` and every other column of the dataset, each a list with an
+entry per completion, or, without a `**` argument, those that it names. It may be a coroutine. None means that it has
+nothing to say of a completion.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internalrl.errors import InternalRLError
+
+Reward = Callable[..., Any]
+
+
+class Rewards:
+    """One or several reward functions.
+
+    Args:
+        functions: a function, the dotted path of one ("package.module.function"), or several of these.
+        weights: one per function; by default 1.
+
+    Raises:
+        InternalRLError: there is none, a path leads nowhere, two have the same name, or the weights do not match.
+    """
+
+    def __init__(self, functions: Reward | str | Sequence[Reward | str], weights: Sequence[float] | None = None):
+        listed = [functions] if callable(functions) or isinstance(functions, str) else list(functions)
+        self.functions = [load_function(function) if isinstance(function, str) else function for function in listed]
+        self.names = [getattr(function, "__name__", type(function).__name__) for function in self.functions]
+        if not self.functions or len(set(self.names)) < len(self.names):
+            raise InternalRLError(
+                f"The reward functions are called {', '.join(self.names) or '(none)'}; give one or more, of different "
+                "names."
+            )
+        if weights is not None and len(weights) != len(self.functions):
+            raise InternalRLError(
+                f"There are {len(weights)} reward weights for {len(self.functions)} reward functions; give one each."
+            )
+        self.weights = torch.ones(len(self.functions)) if weights is None else torch.tensor(list(weights))
+
+    def __call__(self, columns: Mapping[str, list[Any]]) -> Tensor:
+        """(N, F): what each function says of N completions, NaN where it says nothing.
+
+        Raises:
+            InternalRLError: a function failed, or returned something else than N finite numbers or None.
+        """
+        return torch.tensor(asyncio.run(self._ask(columns)), dtype=torch.float32).T
+
+    def total(self, scores: Tensor) -> Tensor:
+        """(N,): the weighted sum of the `scores` (N, F); InternalRLError for a completion without any."""
+        if (silent := scores.isnan().all(1)).any():
+            raise InternalRLError(
+                f"No reward function scores completion {int(silent.nonzero()[0])} of the batch: each returned None; "
+                "return a number from one of them."
+            )
+        return (scores * self.weights).nansum(1)
+
+    async def _ask(self, columns: Mapping[str, list[Any]]) -> list[list[float]]:
+        asked = [self._one(function, name, columns) for function, name in zip(self.functions, self.names, strict=True)]
+        return list(await asyncio.gather(*asked))
+
+    async def _one(self, function: Reward, name: str, columns: Mapping[str, list[Any]]) -> list[float]:
+        count = len(columns["completions"])
+        try:
+            answer = function(**_accepted(function, columns))
+            if inspect.isawaitable(answer):
+                answer = await answer
+        except InternalRLError:
+            raise
+        except Exception as error:  # of someone else's code
+            raise InternalRLError(
+                f"The reward function {name} failed ({type(error).__name__}: {error}); nothing is lost: correct it "
+                "and resume."
+            ) from error
+        try:
+            scores = [math.nan if score is None else float(score) for score in answer]
+        except (TypeError, ValueError):
+            scores = []
+        given = answer if isinstance(answer, list | tuple) else scores
+        wrong = [score for score, asked in zip(scores, given, strict=False) if asked is not None]
+        if len(scores) != count or not all(map(math.isfinite, wrong)):
+            what = "a number that is not finite" if len(scores) == count else f"{_describe(answer)}"
+            raise InternalRLError(
+                f"The reward function {name} returned {what} for {count} completions; return a list with a finite "
+                "number or None for each."
+            )
+        return scores
+
+
+def _describe(answer: Any) -> str:
+    return f"{len(answer)} values" if hasattr(answer, "__len__") else f"a {type(answer).__name__}"
+
+
+def _accepted(function: Reward, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns that a function takes: those that it names, or all."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(columns)
+    return {name: values for name, values in columns.items() if name in parameters}
+
+
+def load_function(path: str) -> Reward:
+    """The function at a dotted path, "package.module.function"; the working directory is searched too.
+
+    InternalRLError where there is none.
+    """
+    module, _, name = path.replace(":", ".").rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise InternalRLError(f"There is no function {path} ({error}); give package.module.function.") from error
+    if not callable(function):
+        raise InternalRLError(f"{path} is a {type(function).__name__}; give the dotted path of a function.")
+    return function
