@@ -55,7 +55,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         "internalrl.discovery.train:main",
         "internalrl.stages:DiscoverConfig",
         "stage 2: find codes and switches in the frozen base, then consolidate",
-        check="internalrl.discovery.train:load_base",
+        check="internalrl.discovery.train:check",
     ),
     "reinforce": Subcommand(
         "internalrl.internal_rl.train:main",

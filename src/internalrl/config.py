@@ -60,7 +60,27 @@ _PAPER: Mapping[str, Mapping[str, Any]] = {
 }
 """The paper's sizes, optimiser and schedules (C.1, C.4, C.5); the backbone's MLP stays gated."""
 
-PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"paper": {**_PAPER, "demo": _PAPER}}
+_TEXT: Mapping[str, Mapping[str, Any]] = {
+    "discover": {
+        "metacontroller": {"view": "following", "slow_features": 32, "horizon": 24},
+        "slow_lag": 0,
+        "crop": 0.0,
+        "batch_size": 32,
+        "batches": 60,
+        "form_steps": 150,
+        "squeeze_steps": 50,
+        "switch_steps": 150,
+        "hold_steps": 40,
+        "rise_steps": 60,
+        "consolidate": {
+            "rehearse": {"rounds": 2, "steps": 150, "batch_size": 32, "batches": 60},
+            "steps": 0,
+        },
+    },
+}
+"""Discovery on texts: codes are proposed by the tokens that follow; measured in docs/log.md."""
+
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"paper": {**_PAPER, "demo": _PAPER}, "text": _TEXT}
 """Preset name -> subcommand -> option values, nested as in a YAML file."""
 
 
@@ -93,7 +113,7 @@ class RunOptions(CommonOptions):
     run: Path = Path("runs/run")
     """Folder for config, metrics and checkpoints."""
     preset: str | None = None
-    """Named set of options to start from: `paper` holds the paper's sizes and optimiser."""
+    """Named set of options to start from: `paper` holds the paper's sizes and optimiser, `text` what texts need."""
     resume: bool = False
     """Continue the run in the folder from its last checkpoint, with its stored options."""
     overwrite: bool = False

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from internalrl import cli
+from internalrl.base.loading import load_tokenizer
+from internalrl.base.pretrain_text import build_language_model, save_language_model
 from internalrl.base.text_data import Examples
+from internalrl.discovery import programs as programs_module
 from internalrl.discovery.evaluate import alignment
 from internalrl.discovery.objective import Coefficients, Episodes, discovery_loss
 from internalrl.discovery.programs import Programs
@@ -18,11 +25,11 @@ from internalrl.discovery.rehearse import rehearsal_loss
 from internalrl.discovery.slow import slow_features
 from internalrl.discovery.splice import Cut, splice
 from internalrl.discovery.text import TextMaterial, to_batch
-from internalrl.domains.code import CodeConfig, parse, sample_programs
+from internalrl.domains.code import CodeConfig, parse, sample_programs, write_jsonl
 from internalrl.domains.code_tokenizer import build_tokenizer
 from internalrl.errors import InternalRLError
 from internalrl.metacontroller.steered import SteeredModel
-from internalrl.stages import RehearseConfig
+from internalrl.stages import PretrainTextConfig, RehearseConfig
 from tests.language import VOCABULARY, steered_language_model
 from tests.tiny import close
 
@@ -232,9 +239,9 @@ def test_programs_cut_at_boundaries_and_spliced_run_and_show_new_transitions(
     cut = [Cut(text, [5 - 1, *domain.boundaries(text)]) for text in texts]
     spliced = splice(cut, 40, np.random.default_rng(0), domain.accept)
     assert len(spliced) == 40
-    readings = [parse(domain.config, domain._text(text.tokens)) for text in spliced]
+    readings = [parse(domain.config, domain.text(text.tokens)) for text in spliced]
     assert all(reading.complete for reading in readings)
-    assert any(domain.config.unseen[a, b] for r in readings for a, b in zip(r.idioms[:-1], r.idioms[1:], strict=True))
+    assert any(domain.config.unseen[a, b] for r in readings for a, b in pairwise(r.idioms))
 
 
 def test_rehearsal_learns_from_texts_and_splices() -> None:
@@ -267,3 +274,75 @@ def test_held_out_texts_are_not_learned_from() -> None:
 def test_a_single_text_is_refused() -> None:
     with pytest.raises(InternalRLError, match="give two or more"):
         TextMaterial(examples(1), seed=0)
+
+
+# ---------------------------------------------------------------------------------- the command line
+
+TINY = """
+metacontroller: {n_z: 3, n_h: 5, n_s: 8, encoder_hidden: 6, switch_hidden: 7, controller_hidden: 4, rank: 2,
+  slow_features: 4, horizon: 3, controller_init: 0.4, switch_bias: 0.3}
+form_steps: 2
+squeeze_steps: 1
+switch_steps: 2
+hold_steps: 1
+rise_steps: 1
+batch_size: 8
+batches: 3
+consolidate: {rehearse: {rounds: 2, steps: 2, batch_size: 8, batches: 4}}
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder with a language model and its tokenizer, and a file of 40 programs."""
+    config = CodeConfig()
+    tokenizer = build_tokenizer(config)
+    sizes = PretrainTextConfig(layers=2, width=32, heads=2, mlp=16)
+    save_language_model(build_language_model(sizes, tokenizer), tokenizer, tmp_path / "model")
+    write_jsonl(tmp_path / "corpus.jsonl", config, 40, np.random.default_rng(0))
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path / "model", tmp_path / "corpus.jsonl"
+
+
+@pytest.mark.filterwarnings("ignore:The (switch|codes)", "ignore:No spliced text")
+@pytest.mark.parametrize("domain", ["text", "code"])
+def test_discover_from_the_command_line(
+    domain: str, corpus: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run holds base, tokenizer and adapter."""
+    monkeypatch.setattr(programs_module, "MEASURED", 4)
+    model, data = corpus
+    options = ["--preset", "text", "--config", str(tmp_path / "tiny.yaml"), "--domain", domain]
+    run = ["discover", "--base", str(model), "--data", str(data), *options, "--run", str(tmp_path / "run")]
+    assert cli.main(run) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"hard_nll", "hard_switches"} <= summary.keys()
+    assert ("forced_unseen" in summary) == (domain == "code")
+    steered = SteeredModel.from_pretrained(tmp_path / "run" / "base", tmp_path / "run" / "adapter")
+    assert steered.metacontroller.config.view == "following"
+    assert load_tokenizer(tmp_path / "run" / "base").eos_token_id is not None
+    stages = {row["stage"] for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())}
+    assert stages == {"discover", "rehearse"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--data", "nothing.jsonl"], "Cannot read nothing.jsonl"),
+        (["--base", "nowhere"], "nowhere holds no whole model"),
+        (["--domain", "code-large"], "The tokenizer does not match these programs"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_sentence(
+    change: list[str], message: str, corpus: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = corpus
+    run = ["discover", "--preset", "text", "--base", str(model), "--data", str(data), "--run", str(tmp_path / "run")]
+    assert cli.main([*run, *change]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_grid_has_no_tokens_to_follow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["discover", "--metacontroller.view", "following", "--run", str(tmp_path / "run")]) == 2
+    assert "No tokens follow on the grid" in capsys.readouterr().err

@@ -59,10 +59,8 @@ def consolidate(
     steered: SteeredModel, material: Material, config: ConsolidateConfig, run: RunFolder
 ) -> dict[str, float]:
     """Both halves, one after the other; their seconds by name."""
-    return {
-        "rehearse": rehearse(steered, material, config.rehearse, run).seconds,
-        "consolidate": distil(steered, material, config, run).seconds,
-    }
+    seconds = {"rehearse": rehearse(steered, material, config.rehearse, run).seconds}
+    return seconds | ({"consolidate": distil(steered, material, config, run).seconds} if config.steps else {})
 
 
 def distil(steered: SteeredModel, material: Material, config: ConsolidateConfig, run: RunFolder) -> Loop:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from internalrl.discovery.objective import Episodes
 from internalrl.domains.code import PROMPT, CodeConfig, parse
 from internalrl.domains.code_tasks import hidden_inputs
+from internalrl.domains.code_tokenizer import boundaries
 from internalrl.domains.sandbox import Sandbox
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.streams import Stream
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from internalrl.discovery.text import TextMaterial
 
 LONGEST = 256  # tokens that a program may grow to
+MEASURED = 512  # programs that codes write, for each of the two measures
 CHAIN = 4  # idioms of the programs that codes are forced to write
 TEMPERATURE = 0.3  # of the tokens under random codes
 
@@ -28,21 +30,16 @@ TEMPERATURE = 0.3  # of the tokens under random codes
 class Programs:
     """What is known of programs of `config`, which `tokenizer` writes and a sandbox really runs."""
 
-    def __init__(self, config: CodeConfig, tokenizer: PreTrainedTokenizerBase, measured: int = 512):
-        self.config, self.tokenizer, self.measured = config, tokenizer, measured
+    def __init__(self, config: CodeConfig, tokenizer: PreTrainedTokenizerFast):
+        self.config, self.tokenizer = config, tokenizer
 
     def boundaries(self, tokens: list[int]) -> list[int]:
-        ends, length, found = set(parse(self.config, self._text(tokens)).ends), 0, []
-        for position, piece in enumerate(self._pieces(tokens)):
-            length += len(piece)
-            if length in ends:
-                found.append(position)
-        return found
+        return boundaries(self.config, self.tokenizer, [self.text(tokens)])[0]
 
     def accept(self, texts: list[list[int]]) -> list[bool]:
         """Those that parse and run on the hidden inputs, of which only the inputs are used."""
         with Sandbox() as sandbox:
-            outcomes = sandbox.run([self._text(text) for text in texts], hidden_inputs()[:3])
+            outcomes = sandbox.run([self.text(text) for text in texts], hidden_inputs()[:3])
         return [outcome.status == "ran" for outcome in outcomes]
 
     def measure(self, steered: SteeredModel, material: TextMaterial) -> dict[str, Any]:
@@ -58,7 +55,7 @@ class Programs:
         """
         codes, end = self._codes(steered, material)
         rng, count = Stream.FREE_PLAY.numpy(material.seed), len(self.config.idioms)
-        chains = rng.integers(count, size=(self.measured, CHAIN))
+        chains = rng.integers(count, size=(MEASURED, CHAIN))
         chosen = torch.stack(
             [
                 torch.stack([*(codes[k][rng.integers(len(codes[k]))] for k in chain), end[rng.integers(len(end))]])
@@ -92,7 +89,7 @@ class Programs:
     def random(self, steered: SteeredModel, material: TextMaterial) -> dict[str, Any]:
         """Programs under z ~ N(0, I): how many run, and which transitions they make."""
         generator = Stream.FREE_PLAY.torch(material.seed)
-        codes = torch.randn(self.measured, 16, steered.metacontroller.config.n_z, generator=generator)
+        codes = torch.randn(MEASURED, 16, steered.metacontroller.config.n_z, generator=generator)
         texts = self._write(steered, codes, do_sample=True, temperature=TEMPERATURE)
         with Sandbox() as sandbox:
             outcomes = sandbox.run(texts, hidden_inputs()[:3])
@@ -117,7 +114,7 @@ class Programs:
         for row, (tokens, boundary, mask) in enumerate(parts):
             length = int(mask.nonzero()[-1]) + 2
             positions = [int(mask.nonzero()[0]), *boundary.nonzero().squeeze(-1).tolist()]
-            idioms = parse(self.config, self._text(tokens[:length].tolist())).idioms
+            idioms = parse(self.config, self.text(tokens[:length].tolist())).idioms
             for position, idiom in zip(positions, idioms, strict=False):
                 codes[idiom].append(mean[row, position])
             end.append(mean[row, positions[-1]])
@@ -134,13 +131,8 @@ class Programs:
             pad_token_id=self.tokenizer.pad_token_id,
             **options,
         )
-        return [self._text(tokens) for tokens in sequences.tolist()]
+        return [self.text(tokens) for tokens in sequences.tolist()]
 
-    def _text(self, tokens: list[int]) -> str:
-        return "".join(self._pieces(tokens))
-
-    def _pieces(self, tokens: list[int]) -> list[str]:
-        """The texts of the tokens, whose concatenation is the program; end and padding are nothing."""
-        special = self.tokenizer.all_special_ids
-        words = self.tokenizer.convert_ids_to_tokens(tokens)
-        return ["" if token in special else word for token, word in zip(tokens, words, strict=True)]
+    def text(self, tokens: list[int]) -> str:
+        """The program that `tokens` are, without its end of text and padding."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))

@@ -6,6 +6,7 @@ generation.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,21 +44,8 @@ class TextDomain(Protocol):
         """What codes make the model write."""
 
 
-class PlainText:
-    """Texts of which nothing is known: no boundary is true, every splice is accepted, nothing more is measured."""
-
-    def boundaries(self, tokens: list[int]) -> list[int]:
-        return []
-
-    def accept(self, texts: list[list[int]]) -> list[bool]:
-        return [True] * len(texts)
-
-    def measure(self, steered: SteeredModel, material: TextMaterial) -> dict[str, Any]:
-        return {}
-
-
 class TextMaterial:
-    """The texts of `examples`, in an order that depends on `seed`.
+    """The texts of `examples`, in an order that depends on `seed`; of plain texts, `domain` is None.
 
     Raises:
         InternalRLError: there are fewer than two.
@@ -66,14 +54,14 @@ class TextMaterial:
     def __init__(self, examples: Examples, seed: int, domain: TextDomain | None = None):
         if len(examples) < 2:
             raise InternalRLError(f"The corpus has {len(examples)} text; give two or more, since some are held out.")
-        self.examples, self.seed, self.domain = examples, seed, domain or PlainText()
+        self.examples, self.seed, self.domain = examples, seed, domain
         order = Stream.HELD_OUT.numpy(seed).permutation(len(examples))
         held_out, self.training = np.split(order, [min(HELD_OUT, max(len(examples) // 10, 1))])
-        self.measured = self._batch(examples, held_out)
+        self.measured = self._measured(held_out)
         """The held-out texts."""
 
     def sample(self, count: int) -> Batch:
-        return self._batch(self.examples, self._draw(count, Stream.SLOW))
+        return to_batch(self.examples.batch(self._draw(count, Stream.SLOW)))
 
     def corpus(
         self, steered: SteeredModel, config: DiscoverConfig, segmenter: Metacontroller | None = None
@@ -81,28 +69,26 @@ class TextMaterial:
         """Whole texts: a completion belongs to its prompt, so nothing is cropped."""
         rows = self._draw(config.batch_size * config.batches, Stream.DISCOVER)
         parts = by_length(self.examples.lengths[rows], config.batch_size)
-        return [Episodes.of(steered, self._batch(self.examples, rows[part])) for part in parts]
+        return [Episodes.of(steered, to_batch(self.examples.batch(rows[part]))) for part in parts]
 
     def rehearsals(self, steered: SteeredModel, config: RehearseConfig, segmenter: Metacontroller) -> list[Rehearsal]:
         """Half of them texts as they are, half spliced from the segments of all."""
         rows = self._draw(config.batch_size * config.batches, Stream.REHEARSE)
         whole: list[Cut] = []
         for part in by_length(self.examples.lengths[rows], config.batch_size):
-            whole += self._cut(steered, self._batch(self.examples, rows[part]), segmenter)
+            whole += self._cut(steered, to_batch(self.examples.batch(rows[part])), segmenter)
         spliced = splice(
             whole,
             len(whole) // 2,
             Stream.REHEARSE.numpy(self.seed, 1),
-            self.domain.accept,
+            self.domain.accept if self.domain else lambda texts: [True] * len(texts),
             context_length(steered.base.config),
         )
         if not spliced:
-            raise InternalRLError(
-                "No spliced text was accepted; discover for longer, so that switches fall into place."
-            )
+            warnings.warn("No spliced text was accepted: the switches are not where segments end.", stacklevel=2)
         return [
             self._rehearsal(steered, [texts[i] for i in part])
-            for texts in (whole[: len(spliced)], spliced)
+            for texts in (whole[: len(spliced) or None], spliced)
             for part in by_length(np.array([len(text.tokens) for text in texts]), config.batch_size)
         ]
 
@@ -111,8 +97,11 @@ class TextMaterial:
 
     @torch.no_grad()
     def measure(self, steered: SteeredModel, thorough: bool = True) -> dict[str, Any]:
-        """Alignment on texts held out; thoroughly, also what the domain can tell of codes."""
+        """Alignment on texts held out, as far as boundaries are known; thoroughly, also what the domain tells of
+        codes."""
         found: dict[str, Any] = alignment(steered, self.measured)
+        if self.domain is None:
+            return {name: found[name] for name in ("hard_nll", "hard_switches")}
         return found | self.domain.measure(steered, self) if thorough else found
 
     def _draw(self, count: int, stream: Stream) -> NDArray[np.int64]:
@@ -120,11 +109,13 @@ class TextMaterial:
         rng, size = stream.numpy(self.seed), len(self.training)
         return np.concatenate([rng.permutation(self.training) for _ in range(-(-count // size))])[:count]
 
-    def _batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
-        texts = examples.batch(rows)
+    def _measured(self, rows: NDArray[np.int64]) -> Batch:
+        """The texts numbered `rows`, with their true boundaries if these are known."""
+        texts = self.examples.batch(rows)
         boundary = torch.zeros_like(texts.mask)
-        for row, (tokens, real) in enumerate(zip(texts.tokens, texts.real, strict=True)):
-            boundary[row, self.domain.boundaries(tokens[real].tolist())] = True
+        if self.domain is not None:
+            for row, (tokens, real) in enumerate(zip(texts.tokens, texts.real, strict=True)):
+                boundary[row, self.domain.boundaries(tokens[real].tolist())] = True
         return to_batch(texts, boundary)
 
     def _cut(self, steered: SteeredModel, batch: Batch, segmenter: Metacontroller) -> list[Cut]:

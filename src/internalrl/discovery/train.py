@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from internalrl.base.loading import load_base as load_language_model
+from internalrl.base.loading import load_tokenizer
+from internalrl.base.pretrain_text import save_language_model
+from internalrl.base.text_data import tokenise
 from internalrl.base.trajectory import TrajectoryModel, load_trajectory_model, save_trajectory_model
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.grid import GridMaterial
 from internalrl.discovery.material import Material
 from internalrl.discovery.objective import Coefficients, discovery_loss
+from internalrl.discovery.programs import Programs
 from internalrl.discovery.slow import slow_features
+from internalrl.discovery.text import TextMaterial
+from internalrl.domains.code import CodeConfig
+from internalrl.domains.code_tokenizer import load_tokenizer as load_code_tokenizer
+from internalrl.errors import InternalRLError
 from internalrl.loop import Loop, optimise
 from internalrl.metacontroller.adapter import Adapter
 from internalrl.metacontroller.model import Metacontroller
@@ -30,10 +41,13 @@ EVALUATE_EVERY = 100
 def main(config: DiscoverConfig, run: RunFolder) -> dict[str, Any]:
     """Discover and consolidate on the base model of another run; save base and adapter to `run`."""
     base = load_base(config)
-    save_trajectory_model(base, run.path / "base")
+    material = make_material(base, config, run.seed)
+    if isinstance(base, TrajectoryModel):
+        save_trajectory_model(base, run.path / "base")
+    else:
+        save_language_model(base, load_tokenizer(base_folder(config)), run.path / "base")
     torch.manual_seed(run.seed)
     steered = SteeredModel.from_base(base, config.metacontroller)
-    material = GridMaterial(base.config.grid, run.seed)
     seconds = discover(steered, material, config, run).seconds
     if config.consolidate.enabled:
         seconds += sum(consolidate(steered, material, config.consolidate, run).values())
@@ -41,11 +55,36 @@ def main(config: DiscoverConfig, run: RunFolder) -> dict[str, Any]:
     return {**material.measure(steered), "seconds": seconds}
 
 
-def load_base(config: DiscoverConfig) -> TrajectoryModel:
+def check(config: DiscoverConfig) -> None:
+    """InternalRLError where there is no base, or the metacontroller or the texts do not fit it."""
+    make_material(load_base(config), config, seed=0)
+
+
+def base_folder(config: DiscoverConfig) -> Path:
+    """Where the base model is: in a run folder, or itself."""
+    inside = config.base / "base"
+    return inside if config.data is None or inside.exists() else config.base
+
+
+def load_base(config: DiscoverConfig) -> PreTrainedModel:
     """The base model of `config`; InternalRLError where there is none, or the metacontroller does not fit it."""
-    base = load_trajectory_model(config.base / "base")
-    Adapter(base, config.metacontroller)
+    folder, meta = base_folder(config), config.metacontroller
+    if config.data is None and meta.view == "following":
+        raise InternalRLError("No tokens follow on the grid; give --metacontroller.view inferred, or --data.")
+    base = load_trajectory_model(folder) if config.data is None else load_language_model(folder)
+    Adapter(base, meta)
     return base
+
+
+def make_material(base: PreTrainedModel, config: DiscoverConfig, seed: int) -> Material:
+    """The texts of `config`, or else the grid that `base` knows."""
+    if config.data is None:
+        return GridMaterial(base.config.grid, seed)
+    tokenizer, programs = load_tokenizer(base_folder(config)), None
+    if config.domain != "text":
+        code = CodeConfig() if config.domain == "code" else CodeConfig.large()
+        programs = Programs(code, load_code_tokenizer(base_folder(config), code))
+    return TextMaterial(tokenise(config.data, tokenizer, base.config), seed, programs)
 
 
 def discover(steered: SteeredModel, material: Material, config: DiscoverConfig, run: RunFolder) -> Loop:
@@ -136,7 +175,7 @@ def warn_of_collapse(metrics: dict[str, Any]) -> None:
     """Warn when hard switches are far from the time scale that codes were trained to persist for, or say nothing."""
     if metrics["hard_switches"] < 0.05:
         warnings.warn("The switch has collapsed: it never fires after the first step.", stacklevel=2)
-    elif metrics["hard_switches"] > 5 * metrics["true_switches"]:
+    elif metrics["hard_switches"] > 5 * metrics.get("true_switches", float("inf")):
         warnings.warn("The switch has collapsed: a new code is sent at nearly every step.", stacklevel=2)
     if metrics["kl"] < 0.1:
         warnings.warn("The codes have collapsed onto the prior: they carry no information.", stacklevel=2)
