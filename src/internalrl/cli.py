@@ -58,10 +58,10 @@ SUBCOMMANDS: dict[str, Subcommand] = {
         check="internalrl.discovery.train:check",
     ),
     "reinforce": Subcommand(
-        "internalrl.internal_rl.train:main",
+        "internalrl.internal_rl.command:main",
         "internalrl.stages:ReinforceConfig",
         "stage 3: reinforcement learning on the codes",
-        check="internalrl.internal_rl.train:load_steered",
+        check="internalrl.internal_rl.command:check",
     ),
     "evaluate": Subcommand(
         "internalrl.analysis.evaluate:main",

@@ -25,10 +25,14 @@ class Completions(BatchEnvironment):
         prompts: (N, P) tokens, −1 where they are padded, on the left; see `pad_prompts`.
         ends: tokens that end a text.
         horizon: the most tokens of a completion.
+        numbers: (N,), which prompt of a dataset each is.
     """
 
-    def __init__(self, prompts: NDArray[np.int64], ends: Collection[int], horizon: int):
+    def __init__(
+        self, prompts: NDArray[np.int64], ends: Collection[int], horizon: int, numbers: NDArray[np.int64] | None = None
+    ):
         self.prompts, self.ends = prompts, np.array(sorted(ends))
+        self.numbers = np.arange(len(prompts)) if numbers is None else numbers
         self.config = Horizon(horizon)
         self.tokens = prompts  # what the model has not read yet
         self._alive = np.ones(len(prompts), bool)
@@ -53,7 +57,7 @@ class Completions(BatchEnvironment):
 
     def select(self, rows: NDArray[np.int64]) -> Completions:
         """The texts numbered `rows`, as far as they are."""
-        kept = Completions(self.prompts[rows], self.ends, self.config.horizon)
+        kept = Completions(self.prompts[rows], self.ends.tolist(), self.config.horizon, self.numbers[rows])
         kept.tokens, kept._alive = self.tokens[rows], self._alive[rows]
         return kept
 

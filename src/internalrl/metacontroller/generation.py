@@ -191,7 +191,7 @@ def _prompts(
             "Some prompts are padded on the right, or empty: generation would go on after the padding; use a "
             "tokenizer with padding_side='left'."
         )
-    if not mask.all() and not _heeds_padding(base):
+    if not mask.all() and not heeds_padding(base):
         raise InternalRLError(
             f"{type(base).__name__} reads padding as if it were text, so that a padded prompt would be continued "
             "otherwise than alone; generate prompts of equal length together."
@@ -202,7 +202,7 @@ def _prompts(
 _heeding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def _heeds_padding(base: PreTrainedModel) -> bool:
+def heeds_padding(base: PreTrainedModel) -> bool:
     """Whether a padded prompt is continued as if alone; some recurrent models take padding for text."""
     if base not in _heeding:
         generate: Any = base.generate

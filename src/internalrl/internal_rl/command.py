@@ -1,0 +1,54 @@
+"""`internalrl reinforce`: stage 3 on the grid, or, given prompts, of a language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from internalrl.base.loading import load_tokenizer
+from internalrl.base.pretrain_text import save_language_model
+from internalrl.errors import InternalRLError, OptionError
+from internalrl.internal_rl import train
+from internalrl.internal_rl.rewards import Rewards
+from internalrl.internal_rl.trainer import bare, make_text_agent
+from internalrl.internal_rl.writing import Writing
+from internalrl.metacontroller.steered import SteeredModel
+from internalrl.processes import Processes
+from internalrl.runlog import RunFolder
+from internalrl.stages import ReinforceConfig
+
+
+def main(config: ReinforceConfig, run: RunFolder) -> dict[str, Any]:
+    """Reinforce what is in another run's folder; save base and adapter to `run`."""
+    if config.prompts is None:
+        return train.main(config, run)
+    writing = _writing(config)
+    steered = writing.steered
+    torch.manual_seed(run.seed)
+    summary = writing.reinforce(make_text_agent(steered, config), run)
+    save_language_model(steered.base, writing.tokenizer, run.path / "base")
+    steered.save_pretrained(run.path / "adapter", {"reinforce": {"rewards": list(config.rewards), "seed": run.seed}})
+    return summary
+
+
+def check(config: ReinforceConfig) -> None:
+    """Raise where the stage could not begin: no whole model there, or a task that is none of its."""
+    if config.prompts is None:
+        train.load_steered(config)
+    else:
+        _writing(config)
+
+
+def _writing(config: ReinforceConfig) -> Writing:
+    if not config.rewards:
+        raise OptionError("rewards", "is empty; name the functions that judge completions, package.module.function.")
+    if config.limits is not None:
+        raise InternalRLError("Limits are for grids as yet; leave --limits out.")
+    folder = config.discovered / "base"
+    if config.agent == "raw-action":
+        steered = bare(folder, config)
+    else:
+        steered = SteeredModel.from_pretrained(folder, config.discovered / "adapter")
+    rewards = Rewards(config.rewards, config.reward_weights or None)
+    return Writing(steered, load_tokenizer(folder), rewards, config.prompts, config, Processes())

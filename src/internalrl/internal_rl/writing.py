@@ -1,0 +1,175 @@
+"""What is played when a language model is reinforced: batches of completions of prompts, judged by reward functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from internalrl.base.caches import token_cache
+from internalrl.base.text_data import (
+    Rows,
+    check_tokenizer,
+    context_length,
+    encode_prompts,
+    in_epochs,
+    prompt_text,
+    read_rows,
+)
+from internalrl.errors import InternalRLError
+from internalrl.internal_rl.agents import Agent
+from internalrl.internal_rl.completions import Completions, pad_prompts
+from internalrl.internal_rl.rewards import Rewards
+from internalrl.internal_rl.train import Outcome, reinforce
+from internalrl.metacontroller.generation import heeds_padding
+from internalrl.metacontroller.rollout import BatchEnvironment, Rollout, RowChance
+from internalrl.metacontroller.steered import SteeredModel
+from internalrl.processes import Processes
+from internalrl.runlog import RunFolder
+from internalrl.stages import InternalRLConfig, ReinforceConfig
+from internalrl.streams import Stream
+
+
+class Writing:
+    """A dataset of prompts, the batches of completions made of them, and what these are worth.
+
+    Args:
+        dataset: rows with a `prompt`, text or messages; their other columns go to the rewards.
+        processes: those that share every batch.
+
+    Raises:
+        InternalRLError: an empty dataset, rows without a prompt, a tokenizer or a base that does not fit, prompts that
+            leave no room for a completion, a batch that cannot be divided.
+    """
+
+    def __init__(
+        self,
+        steered: SteeredModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rewards: Rewards,
+        dataset: Rows | str | Any,
+        config: InternalRLConfig | ReinforceConfig,
+        processes: Processes,
+    ):
+        self.steered, self.tokenizer, self.rewards, self.config = steered, tokenizer, rewards, config
+        self.rows, self.processes = read_rows(dataset), processes
+        if config.batch_size % config.num_generations:
+            raise InternalRLError(
+                f"A batch of {config.batch_size} completions is not made of groups of {config.num_generations}; let "
+                "batch_size be a multiple of num_generations."
+            )
+        self.share = processes.share(config.batch_size)
+        base = steered.base
+        check_tokenizer(tokenizer, base.config)
+        token_cache(base)
+        self.prompts = _prompts(self.rows, tokenizer)
+        _require_room(self.prompts, context_length(base.config), config.max_completion_length)
+        if len({len(prompt) for prompt in self.prompts}) > 1 and not heeds_padding(base):
+            raise InternalRLError(
+                f"{type(base).__name__} reads padding as if it were text; give prompts of the same number of tokens."
+            )
+        ends = base.generation_config.eos_token_id if base.generation_config else None
+        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+    def reinforce(self, agent: Agent, run: RunFolder) -> dict[str, Any]:
+        """Let `agent` learn; see `train.reinforce`."""
+        n_z = self.steered.metacontroller.config.n_z
+
+        def chance(iteration: int) -> RowChance:
+            generator = Stream.REINFORCE.torch(run.seed, iteration)
+            horizon = self.config.max_completion_length
+            return RowChance.draw(generator, self.share, self.config.batch_size, horizon, n_z)
+
+        def environment(iteration: int) -> Completions:
+            numbers = self.numbers(run.seed, iteration)
+            own = numbers[self.share.start : self.share.stop]
+            prompts = pad_prompts([self.prompts[number] for number in own])
+            return Completions(prompts, self.ends, self.config.max_completion_length, own)
+
+        return reinforce(
+            agent, environment, self.config, run, judge=self.judge, chance=chance, processes=self.processes
+        )
+
+    def numbers(self, seed: int, iteration: int) -> NDArray[np.int64]:
+        """(N,): which prompts a batch is made of, in all processes; epoch after epoch, each in a new order."""
+        count = self.config.batch_size // self.config.num_generations
+        first = iteration * count
+        drawn = in_epochs(len(self.rows), first, first + count, seed, Stream.PROMPTS)
+        return drawn.repeat(self.config.num_generations)
+
+    def judge(self, environment: BatchEnvironment, result: Rollout) -> Outcome:
+        """Ask the rewards about this process's completions; what all processes have together."""
+        assert isinstance(environment, Completions)
+        tokens = [row[:length] for row, length in zip(result.actions.tolist(), result.length.tolist(), strict=True)]
+        scores = self.rewards(self._columns(environment.numbers, tokens))
+        clipped = [row[-1] not in self.ends for row in tokens]
+        own = zip(environment.numbers.tolist(), map(len, tokens), clipped, scores.tolist(), strict=True)
+        numbers, lengths, cut, rows = zip(*self.processes.gather(list(own)), strict=True)
+        scores = torch.tensor(rows)
+        groups = torch.tensor(numbers)
+        reward = self.rewards.total(scores)
+        spreads = torch.stack([reward[groups == group].std(correction=0) for group in groups.unique()])
+        metrics = {
+            "success": reward.mean().item(),
+            "reward": reward.mean().item(),
+            "reward_std": spreads.mean().item(),
+            "frac_reward_zero_std": (spreads == 0).float().mean().item(),
+            **self._scores(scores),
+            "completions/mean_length": float(np.mean(lengths)),
+            "completions/min_length": min(lengths),
+            "completions/max_length": max(lengths),
+            "completions/clipped_ratio": float(np.mean(cut)),
+        }
+        return Outcome(reward, groups, metrics)
+
+    def _scores(self, scores: Tensor) -> dict[str, float | None]:
+        """Mean and standard deviation of what each function says, over the completions that it speaks of."""
+        found: dict[str, float | None] = {}
+        for name, column in zip(self.rewards.names, scores.T, strict=True):
+            said = column[~column.isnan()]
+            found[f"rewards/{name}/mean"] = said.mean().item() if len(said) else None
+            found[f"rewards/{name}/std"] = said.std(correction=0).item() if len(said) else None
+        return found
+
+    def _columns(self, numbers: NDArray[np.int64], tokens: list[list[int]]) -> dict[str, list[Any]]:
+        """What the rewards are given."""
+        rows = [self.rows[int(number)] for number in numbers]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        completions = [
+            text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        others = [name for name in rows[0] if name not in ("prompt", "completion")]
+        return {
+            **{name: [row.get(name) for row in rows] for name in others},
+            "prompts": [row["prompt"] for row in rows],
+            "completions": completions,
+            "completion_ids": tokens,
+        }
+
+
+def _prompts(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of every row's prompt."""
+    texts = []
+    for number, row in enumerate(rows):
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str | list) or not prompt:
+            raise InternalRLError(
+                f"Row {number} has the columns {', '.join(map(str, row))} and no text or messages in `prompt`; give it."
+            )
+        texts.append(prompt_text(prompt, tokenizer))
+    return encode_prompts(texts, tokenizer)
+
+
+def _require_room(prompts: list[list[int]], context: int | None, completion: int) -> None:
+    longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
+    length = len(prompts[longest])
+    if context is not None and length + completion > context:
+        raise InternalRLError(
+            f"The prompt of row {longest} has {length} tokens, which with max_completion_length = {completion} is "
+            f"more than the model's context of {context}; shorten one of them."
+        )
