@@ -12,7 +12,8 @@ ratios are taken within a repeat:
     mixed       16 streams, four adapters in turn
     alone       four streams, one after the other, an adapter each
 
-An adapter's folder is added to the running engine and taken away again; the time is until requests can name it.
+Then, as many times, while 16 mixed streams are running, an adapter is loaded from its folder into the engine and
+another one is taken away; the time is until requests can name the new one, and the old one no more.
 """
 
 from __future__ import annotations
@@ -99,18 +100,26 @@ def rate(engine: Engine, wanted: list[Request], together: bool) -> float:
     return sum(request.max_tokens for request in wanted) / (time.perf_counter() - began)
 
 
-def swap(engine: Engine, folder: Path) -> float:
-    """Milliseconds that adding an adapter takes."""
+def swap(engine: Engine, running: list[Request], folder: Path, new: str, old: str) -> float:
+    """Milliseconds that it takes to exchange adapter `old` for that in `folder`, while requests are `running`."""
+    streams = [engine.submit(request) for request in running]
+    for stream in streams:
+        next(iter(stream))
     began = time.perf_counter()
-    engine.add_adapter("new", folder)
+    engine.add_adapter(new, folder)
+    engine.remove_adapter(old)
     milliseconds = 1000 * (time.perf_counter() - began)
-    engine.remove_adapter("new")
+    assert engine.stats().running == len(streams)
+    for stream in streams:
+        stream.cancel()
+    while engine.stats().running:
+        time.sleep(0.001)
     return milliseconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=15, help="timed repeats")
+    parser.add_argument("--repeats", type=int, default=9, help="timed repeats")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens per stream")
     results = Path(__file__).parent / "results" / "serving.json"
     parser.add_argument("--output", type=Path, default=results, help="where the JSON goes")
@@ -131,6 +140,7 @@ def main() -> None:
         for number, key in enumerate(keys):
             save_adapter(base, Path(folder) / key, number)
             engine.add_adapter(key, Path(folder) / key)
+        engine.add_adapter("new--1", Path(folder) / keys[0])
         for who, count, together in kinds.values():  # untimed
             rate(engine, requests(who, count, 4, 0), together)
         before = engine.stats()
@@ -139,8 +149,10 @@ def main() -> None:
             for name in (*names[repeat % len(names) :], *names[: repeat % len(names)]):
                 who, count, together = kinds[name]
                 rates[name].append(rate(engine, requests(who, count, args.new_tokens, repeat), together))
-            swaps.append(swap(engine, Path(folder) / keys[0]))
         after = engine.stats()
+        for repeat in range(args.repeats):
+            running, new, old = requests([*keys], STREAMS, 10_000, repeat), f"new-{repeat}", f"new-{repeat - 1}"
+            swaps.append(swap(engine, running, Path(folder) / keys[0], new, old))
     assert [parameter.data_ptr() for parameter in base.parameters()] == pointers
 
     of = {name: np.array(values) for name, values in rates.items()}

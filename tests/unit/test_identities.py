@@ -298,6 +298,17 @@ def test_controller_is_a_matrix_product() -> None:
     assert (change - residual * u.sum(1)).abs().max() > 0.1
 
 
+def test_a_controller_that_was_built_does_what_control_does() -> None:
+    """Also after rows were exchanged, taken out and added."""
+    meta = tiny_metacontroller()
+    residual, code, other = torch.randn(4, 3, WIDTH), codes(4, 1), codes(2, 1, seed=1)
+    built = meta.controller(code[:, 0])
+    close(built(residual), meta.control(residual, code))
+    built.put(torch.tensor([2, 0]), meta.controller(other[:, 0]))
+    built = built.select(torch.tensor([0, 3, 1])).join(meta.controller(code[2:3, 0]))
+    close(built(residual), meta.control(residual, torch.stack([other[1], code[3], code[1], code[2]])))
+
+
 class Largest(TorchDispatchMode):
     """Remembers the size of the largest tensor that any operation returns, in the backward pass too."""
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache, PreTrainedModel
 
 from internalrl.errors import InternalRLError
-from internalrl.serving.batch import JointCache, check_base, for_base, plain_cache
+from internalrl.serving.batch import JointCache, check_base, plain_cache
 from tests.language import ARCHITECTURES, language_model, prompts
 
 REFUSED = {
@@ -39,7 +39,7 @@ def test_rows_that_come_and_go_continue_as_if_alone(kind: str) -> None:
     coming = {0: [3], 1: [7, 2], 4: [20], 9: [1, 30]}
     leaving = {3: [1], 6: [0], 12: [2, 0]}
     texts = iter(prompts(8, 60, seed=4))
-    joint, rows = JointCache(plain_cache(base, CONTEXT), 4, base.device), list[Tensor]()
+    joint, rows = JointCache(base, 4, CONTEXT), list[Tensor]()
     capacities = set()
     for step in range(42):
         for length in coming.get(step, []):
@@ -49,7 +49,7 @@ def test_rows_that_come_and_go_continue_as_if_alone(kind: str) -> None:
             order = joint.drop(leaving[step])
             rows = [rows[row] for row in order]
         tokens = torch.tensor([[3 + (step + 5 * row) % 20] for row in range(len(rows))])
-        logits = base(tokens, use_cache=True, **for_base(base, joint.inputs())).logits[:, -1]
+        logits = base(tokens, use_cache=True, **joint.inputs()).logits[:, -1]
         joint.grow()
         capacities.add(joint.capacity)
         rows = [torch.cat([row, token]) for row, token in zip(rows, tokens, strict=True)]
@@ -63,7 +63,7 @@ def test_what_is_left_of_a_row_that_went_wrong_hurts_nobody() -> None:
     """nan in the place of a row that has gone, and in columns that come into view again."""
     base = language_model()
     texts = prompts(3, 40, seed=1)
-    joint = JointCache(plain_cache(base, CONTEXT), 2, base.device)
+    joint = JointCache(base, 2, CONTEXT)
     joint.add(prefilled(base, texts[0][:20]))
     joint.add(prefilled(base, texts[1][:12]))
     for layer in joint.layers:
@@ -81,7 +81,7 @@ def test_what_is_left_of_a_row_that_went_wrong_hurts_nobody() -> None:
 
 def test_memory_stays_within_a_few_times_the_longest_row() -> None:
     base = language_model()
-    joint = JointCache(plain_cache(base, None), 2, base.device)
+    joint = JointCache(base, 2, None)
     short = prefilled(base, prompts(1, 6)[0])
     for _ in range(40):  # 200 columns go by
         joint.add(short)

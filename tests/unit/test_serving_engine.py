@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import gc
 import itertools
 import random
 import threading
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
@@ -514,7 +517,6 @@ def test_adapters_come_and_go_while_others_run(
     base: PreTrainedModel, models: dict[str, SteeredModel], tmp_path: Path
 ) -> None:
     folder = save_adapter(base, tmp_path / "new", seed=8)
-    pointers = [parameter.data_ptr() for parameter in base.parameters()]
     with engine_of(base, models, slots=4) as engine:
         request = Request(prompt(), "policy", max_tokens=300, temperature=0, seed=1)
         running = engine.submit(request)
@@ -533,8 +535,30 @@ def test_adapters_come_and_go_while_others_run(
         assert sum(1 for _ in events) > 100  # it finishes on what it began with
         with pytest.raises(InternalRLError, match="already"):
             engine.add_adapter("new", folder)
-    assert [parameter.data_ptr() for parameter in base.parameters()] == pointers
     assert seconds < 1  # 0.1 on a quiet machine: benchmarks/serving.py
+
+
+def memory_of_matrices(base: PreTrainedModel) -> set[int]:
+    """Where the tensors lie that have the shape of one of the base's matrices."""
+    gc.collect()
+    shapes = {parameter.shape for parameter in base.parameters() if parameter.ndim == 2}
+    tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.shape in shapes}
+
+
+def test_adapters_share_the_base_and_nothing_copies_it(base: PreTrainedModel, tmp_path: Path) -> None:
+    folders = {key: save_adapter(base, tmp_path / key, seed) for seed, key in enumerate(("one", "two", "three"))}
+    own, before = [parameter.data_ptr() for parameter in base.parameters()], memory_of_matrices(base)
+    with Engine(base, TOKENIZER) as engine:
+        for key, folder in folders.items():
+            engine.add_adapter(key, folder)
+        running = [engine.submit(Request(prompt(), key, max_tokens=400, temperature=0)) for key in folders]
+        for stream in running:
+            next(iter(stream))
+        assert memory_of_matrices(base) == before
+        assert [parameter.data_ptr() for parameter in base.parameters()] == own
+    copied = copy.deepcopy(base)
+    assert len(memory_of_matrices(copied) - before) == sum(p.ndim == 2 for p in base.parameters())
 
 
 def test_an_adapter_of_another_base_is_refused(engine: Engine, tmp_path: Path) -> None:

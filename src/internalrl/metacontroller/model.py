@@ -60,6 +60,36 @@ class MetacontrollerState:
         return MetacontrollerState(*(torch.cat(pair) for pair in pairs))
 
 
+@dataclass
+class Controller:
+    """U(z) of B codes, as factors `down` (B, n_e, r) and `up` (B, r, n_e) with an `offset` (B, 1, r) between them.
+
+    They are the metacontroller's weights contracted with a code each, and far smaller: where codes are kept for
+    several steps, to read these costs less than to read the weights at every step.
+    """
+
+    down: Tensor
+    offset: Tensor
+    up: Tensor
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        """Write-back e + U(z) e for one step or several, (B, T, n_e)."""
+        inner = torch.baddbmm(self.offset, residual.to(self.down.dtype), self.down)
+        return residual + (inner @ self.up).to(residual.dtype)
+
+    def put(self, rows: Tensor, other: Controller) -> None:
+        """Replace `rows` (S,) by those of `other`, in place."""
+        self.down[rows], self.offset[rows], self.up[rows] = other.down, other.offset, other.up
+
+    def select(self, rows: Tensor) -> Controller:
+        return Controller(self.down[rows], self.offset[rows], self.up[rows])
+
+    def join(self, other: Controller) -> Controller:
+        """The rows of both, those of `other` last."""
+        pairs = (self.down, other.down), (self.offset, other.offset), (self.up, other.up)
+        return Controller(*(torch.cat(pair) for pair in pairs))
+
+
 class Metacontroller(nn.Module):
     """Reads the residual stream e (B, T, n_e), decides when to switch to a new code, and steers with the code.
 
@@ -252,11 +282,25 @@ class Metacontroller(nn.Module):
             residual: (…, n_e); code: (…, n_z). Returns (…, n_e) of the residual's type; what is added is computed
             in the metacontroller's own precision.
         """
-        f = F.pad(F.relu(self.features(code)), (0, 1), value=1.0)
+        f = self._code_features(code)
         inner = (residual.to(self.down.dtype) @ self.down + self.offset).unflatten(-1, (self.config.rank, -1))
         inner = inner @ f[..., None]
         change = (inner * f[..., None, :]).flatten(-2) @ self.up
         return residual + change.to(residual.dtype)
+
+    def controller(self, code: Tensor) -> Controller:
+        """U(z) of codes (B, n_z) that stay in force for many steps; it does what `control` does."""
+        f = self._code_features(code)
+        rank, k = self.config.rank, f.shape[-1]
+        return Controller(
+            down=(self.down.view(-1, k) @ f.mT).mT.view(-1, self.width, rank),
+            offset=(f @ self.offset.view(rank, k).mT)[:, None],
+            up=(f @ self.up.view(rank, k, -1)).transpose(0, 1),
+        )
+
+    def _code_features(self, code: Tensor) -> Tensor:
+        """f = [relu(W z + b), 1] of codes (…, n_z)."""
+        return F.pad(F.relu(self.features(code)), (0, 1), value=1.0)
 
     # -- one step at a time -------------------------------------------------------------------------------
 

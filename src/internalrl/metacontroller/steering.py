@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -30,6 +30,7 @@ class Steering:
         mask: (B, columns) bool, False where a row is padded: nothing of the row changes there. Columns beyond it
             are real in every row.
         fresh: (B,) bool, rows whose context was just cut: their switch knows nothing yet and does not fire.
+        control: writes the codes back in place of `Metacontroller.control`.
 
     Attributes:
         state: after the last column.
@@ -44,9 +45,11 @@ class Steering:
         prompt: int = 0,
         mask: Tensor | None = None,
         fresh: Tensor | None = None,
+        control: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         self.metacontroller, self.choose, self.state = metacontroller, choose, state
         self.prompt, self.mask, self.fresh = prompt, mask, fresh
+        self.control = control or metacontroller.control
         self.columns = 0
         self.switch: list[Tensor] = []
         self.logit: list[Tensor] = []
@@ -67,7 +70,7 @@ class Steering:
         self.columns += length
         if silent == length:
             return residual
-        steered = meta.control(residual[:, silent:], torch.stack(self.code[silent - length :], 1))
+        steered = self.control(residual[:, silent:], torch.stack(self.code[silent - length :], 1))
         return torch.cat([residual[:, :silent], steered], 1) if silent else steered
 
     def _real(self, column: int) -> Tensor | None:

@@ -56,12 +56,9 @@ class _Layer(CacheLayerMixin):
 
 
 class JointCache(Cache):
-    """Caches of up to `slots` sequences, to be given to a base's forward pass of one token per row.
+    """Caches of up to `slots` sequences of a base, to be given to its forward pass of one token per row.
 
     What a column holds before a row begins is masked, but must be finite: 0 · nan is no 0.
-
-    Args:
-        plain: an empty cache of the base, from `plain_cache`.
 
     Attributes:
         starts: the column at which each row begins.
@@ -70,13 +67,15 @@ class JointCache(Cache):
 
     layers: list[Any]
 
-    def __init__(self, plain: DynamicCache, slots: int, device: torch.device):
-        blocks: list[Any] = plain.layers
+    def __init__(self, base: PreTrainedModel, slots: int, context: int | None):
+        blocks: list[Any] = plain_cache(base, context).layers
         super().__init__(layers=[_Layer(self, block.is_sliding) for block in blocks])
         self.slots = slots
         self.starts: list[int] = []
         self.first = self.end = self.capacity = 0
-        self.mask = torch.zeros(slots, 0, dtype=torch.long, device=device)
+        self.mask = torch.zeros(slots, 0, dtype=torch.long, device=base.device)
+        # some bases count their positions themselves, from the mask
+        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -86,11 +85,10 @@ class JointCache(Cache):
         self._make_room(0)
         rows = len(self)
         self.mask[:rows, self.end] = 1
-        return {
-            "past_key_values": self,
-            "attention_mask": self.mask[:rows, self.first : self.end + 1],
-            "position_ids": (self.end - self._starts)[:, None],
-        }
+        inputs = {"past_key_values": self, "attention_mask": self.mask[:rows, self.first : self.end + 1]}
+        if self._takes_positions:
+            inputs["position_ids"] = (self.end - self._starts)[:, None]
+        return inputs
 
     def grow(self) -> None:
         """Count the column that a forward pass has filled."""
@@ -188,12 +186,12 @@ def check_base(base: PreTrainedModel, context: int | None) -> None:
     whole = [torch.cat([prompt, token[None]], 1) for prompt, token in zip(prompts, following, strict=True)]
     try:
         alone = [base(tokens, attention_mask=torch.ones_like(tokens)).logits[:, -1] for tokens in whole]
-        joint = JointCache(plain_cache(base, context), 2, base.device)
+        joint = JointCache(base, 2, context)
         for prompt in prompts:
             cache = plain_cache(base, context)
             base(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, use_cache=True)
             joint.add(cache)
-        together = base(following, use_cache=True, **for_base(base, joint.inputs())).logits[:, -1]
+        together = base(following, use_cache=True, **joint.inputs()).logits[:, -1]
     except InternalRLError:
         raise
     except Exception as error:
@@ -206,10 +204,3 @@ def check_base(base: PreTrainedModel, context: int | None) -> None:
             f"{type(base).__name__} cannot be served: it continues sequences of different lengths otherwise together "
             "than alone."
         )
-
-
-def for_base(base: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Without the position_ids, if the base counts its positions itself, from the mask."""
-    if "position_ids" not in inspect.signature(base.forward).parameters:
-        inputs = {name: value for name, value in inputs.items() if name != "position_ids"}
-    return inputs

@@ -12,6 +12,7 @@ from internalrl.base.residual import ResidualTap, Steer
 from internalrl.metacontroller.adapter import Adapter
 from internalrl.metacontroller.codes import Drawn, Given
 from internalrl.metacontroller.limits import Decisions, Limits
+from internalrl.metacontroller.model import Controller
 from internalrl.metacontroller.steering import Share, Steering
 
 
@@ -46,7 +47,8 @@ class Group:
     def __init__(self, adapter: Adapter, choose: Drawn | Given, limits: Limits | None):
         self.adapter, self.choose, self.limits = adapter, choose, limits
         self.state = adapter.metacontroller.start(1, adapter.metacontroller.down.device)
-        self.off = torch.zeros_like(self.state.started)  # rows that the limits keep from being steered
+        self.controller: Controller  # of the open segments; there is none before the first
+        self.opened: list[int] = []  # rows that have switched in this forward pass
         self.decided: Decisions | Exception | None = None
         self.steering: Steering | None = None
 
@@ -57,13 +59,14 @@ class Group:
         return self.adapter, id(self.limits), type(self.choose), policy
 
     def join(self, other: Group) -> None:
-        """Add the rows of `other`."""
-        self.state, self.off = self.state.join(other.state), torch.cat([self.off, other.off])
+        """Add the rows of `other`, whose prompt was read."""
+        self.state, self.controller = self.state.join(other.state), self.controller.join(other.controller)
         self.choose.join(other.choose)  # type: ignore[arg-type]
 
     def select(self, rows: list[int]) -> None:
         """Keep only `rows`."""
-        self.state, self.off = self.state.select(torch.tensor(rows)), self.off[rows]
+        kept = torch.tensor(rows)
+        self.state, self.controller = self.state.select(kept), self.controller.select(kept)
         self.choose.select(rows)
 
     # -- in a forward pass --------------------------------------------------------------------------------
@@ -75,28 +78,21 @@ class Group:
             rows: of the batch; None is all of them.
             prompt: number of columns at the start that enter the history and are neither steered nor decided.
         """
-        self.decided = None
-        self.steering = steering = Steering(self.adapter.metacontroller, self._choose, self.state, prompt)
-
-        def steer(residual: Tensor) -> Tensor:
-            steered = steering(residual)
-            return steered if self.limits is None else torch.where(self.off[:, None, None], residual, steered)
-
-        return Share(self.adapter, rows).at_tap(steer)
+        self.opened, self.decided = [], None
+        meta = self.adapter.metacontroller
+        self.steering = Steering(meta, self._choose, self.state, prompt, control=lambda e, _: self.controller(e))
+        return Share(self.adapter, rows).at_tap(self.steering)
 
     def finish(self) -> Iterator[Opening]:
         """Take over what the forward pass has changed; the segments that it has opened."""
         steering, self.steering = self.steering, None
         assert steering is not None
         self.state = steering.state
-        if not steering.switch:  # it read nothing but prompts
+        if not self.opened:
             return
-        rows = [row for row, switched in enumerate(steering.switch[-1].tolist()) if switched]
-        if not rows:
-            return
-        logits, codes = steering.logit[-1][rows].tolist(), steering.code[-1][rows].tolist()
+        logits, codes = steering.logit[-1][self.opened].tolist(), steering.code[-1][self.opened].tolist()
         decided = self.decided
-        for at, row in enumerate(rows):
+        for at, row in enumerate(self.opened):
             code = tuple(codes[at])
             if decided is None:
                 yield Opening(row, code, logits[at])
@@ -108,9 +104,26 @@ class Group:
 
     def _choose(self, switch: Tensor, x: Tensor, code: Tensor) -> Tensor:
         code = self.choose(switch, x, code)
-        if self.limits is None or not switch.any():
+        rows = switch.nonzero().squeeze(-1)
+        self.opened = rows.tolist()
+        if not self.opened:
             return code
-        rows, choose = switch.nonzero().squeeze(-1), self.choose
+        off = None
+        if self.limits is not None:
+            code, off = self._limited(self.limits, switch, rows, code)
+        controller = self.adapter.metacontroller.controller(code[rows])
+        if off is not None:
+            for factor in (controller.down, controller.offset, controller.up):
+                factor.masked_fill_(off[:, None, None], 0)
+        if len(rows) == len(switch):
+            self.controller = controller
+        else:
+            self.controller.put(rows, controller)
+        return code
+
+    def _limited(self, limits: Limits, switch: Tensor, rows: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes (R, n_z) that the limits make of new ones in `rows` (S,), and which of these are off, (S,) bool."""
+        choose = self.choose
 
         def redraw(denied: Tensor) -> Tensor:
             assert isinstance(choose, Drawn)
@@ -118,11 +131,8 @@ class Group:
             return choose.draw(torch.zeros_like(switch).index_fill(0, again, True))[again]
 
         try:  # codes that were chosen beforehand cannot be drawn again
-            decisions = self.limits.decide(code[rows], redraw if isinstance(choose, Drawn) else None)
-            code = code.index_copy(0, rows, decisions.codes.to(code))
-            self.off = self.off.index_copy(0, rows, ~decisions.steer.to(self.off))
-            self.decided = decisions
+            decisions = self.decided = limits.decide(code[rows], redraw if isinstance(choose, Drawn) else None)
         except Exception as error:  # it is told to the requests of these rows alone
             self.decided = error
-            self.off = self.off.index_fill(0, rows, True)
-        return code
+            return code, torch.ones_like(rows, dtype=torch.bool)
+        return code.index_copy(0, rows, decisions.codes.to(code)), ~decisions.steer.to(rows.device)

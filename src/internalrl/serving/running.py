@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from internalrl.metacontroller.steering import open_taps
-from internalrl.serving.batch import JointCache, for_base, plain_cache
+from internalrl.serving.batch import JointCache, plain_cache
 from internalrl.serving.group import Group
 from internalrl.serving.sampling import Sampler
 from internalrl.serving.sequence import Sequence
@@ -33,7 +33,7 @@ class Running:
     def __init__(self, base: PreTrainedModel, slots: int, context: int | None):
         self.base, self.slots, self.context = base, slots, context
         self.sequences: list[Sequence] = []
-        self._cache = JointCache(plain_cache(base, context), slots, base.device)
+        self._cache = JointCache(base, slots, context)
         self._steered: dict[tuple[object, ...], _Steered] = {}
         self._sampler: Sampler | None = None  # of these sequences, in this order
         parameters = inspect.signature(base.forward).parameters
@@ -70,10 +70,9 @@ class Running:
             self._arrange()
         assert self._sampler is not None
         tokens = torch.tensor([[sequence.last] for sequence in self.sequences], device=self.base.device)
-        inputs = for_base(self.base, self._cache.inputs())
         parts = [steered.group.part(steered.rows) for steered in self._steered.values()]
         with open_taps(self.base, *parts):
-            logits = self.base(input_ids=tokens, use_cache=True, **inputs).logits[:, -1]
+            logits = self.base(input_ids=tokens, use_cache=True, **self._cache.inputs()).logits[:, -1]
         self._cache.grow()
         for steered in self._steered.values():
             self._open(steered.group, steered.members)
