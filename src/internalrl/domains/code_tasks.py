@@ -7,9 +7,11 @@ the default tasks have none.
 
 from __future__ import annotations
 
+import atexit
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -58,10 +60,18 @@ def make_task(config: CodeConfig, chain: Sequence[str]) -> CodeTask:
         if not config.withheld[first, second]:
             pair = f"{config.idioms[first]} → {config.idioms[second]}"
             raise InternalRLError(f"The transition {pair} is not withheld; make a task of withheld ones only.")
+    return solved_by(tuple(chain))
+
+
+@cache
+def solved_by(chain: tuple[str, ...]) -> CodeTask:
+    """The task that `chain` solves, whatever its transitions; InternalRLError for idioms that do not exist."""
     inputs = state = hidden_inputs()
     for name in chain:
+        if name not in _FUNCTIONS:
+            raise InternalRLError(f"There is no idiom {name!r}; choose among {', '.join(_FUNCTIONS)}.")
         state = _apply(name, state)
-    return CodeTask(tuple(chain), inputs, state)
+    return CodeTask(chain, inputs, state)
 
 
 def tasks(config: CodeConfig) -> dict[int, CodeTask]:
@@ -92,6 +102,25 @@ def evaluate(completions: Sequence[str], task: CodeTask, sandbox: Sandbox) -> tu
 def reward(completions: Sequence[str], task: CodeTask, sandbox: Sandbox) -> list[float]:
     """1.0 for each completion that makes a program which parses, runs and passes every test of the task, else 0.0."""
     return [float(passed) for passed in evaluate(completions, task, sandbox)[1]]
+
+
+def passes_tests(completions: Sequence[str], chain: Sequence[Sequence[str]], **_: object) -> list[float]:
+    """`reward` for a dataset: its rows have, beside the prompt, the `chain` of idioms whose tests are to be passed."""
+    rewards = [0.0] * len(completions)
+    for names in dict.fromkeys(map(tuple, chain)):
+        rows = [row for row, own in enumerate(chain) if tuple(own) == names]
+        found = reward([completions[row] for row in rows], solved_by(names), _shared_sandbox())
+        for row, value in zip(rows, found, strict=True):
+            rewards[row] = value
+    return rewards
+
+
+@cache
+def _shared_sandbox() -> Sandbox:
+    """One for the whole process, closed when it ends."""
+    sandbox = Sandbox()
+    atexit.register(sandbox.close)
+    return sandbox
 
 
 # ------------------------------------------------------------------------------------------------------ ways round
