@@ -8,7 +8,7 @@ import torch
 
 from internalrl.base.loading import load_tokenizer
 from internalrl.base.pretrain_text import save_language_model
-from internalrl.errors import InternalRLError, OptionError
+from internalrl.errors import InternalRLError
 from internalrl.internal_rl import train
 from internalrl.internal_rl.rewards import Rewards
 from internalrl.internal_rl.trainer import bare, make_text_agent
@@ -37,12 +37,12 @@ def check(config: ReinforceConfig) -> None:
     if config.prompts is None:
         train.load_steered(config)
     else:
-        _writing(config)
+        make_text_agent(_writing(config).steered, config)
 
 
 def _writing(config: ReinforceConfig) -> Writing:
     if not config.rewards:
-        raise OptionError("rewards", "is empty; name the functions that judge completions, package.module.function.")
+        raise InternalRLError("--rewards is empty; name functions that judge completions, package.module.function.")
     if config.limits is not None:
         raise InternalRLError("Limits are for grids as yet; leave --limits out.")
     folder = config.discovered / "base"
