@@ -26,7 +26,7 @@ from internalrl.domains.code import (
     write_jsonl,
 )
 from internalrl.domains.code_idioms import DEFAULT, HELPERS, IDIOMS, LARGE, variants
-from internalrl.domains.code_tasks import evaluate, fewest_unseen, make_task, reward, tasks
+from internalrl.domains.code_tasks import evaluate, fewest_unseen, make_task, passes_tests, reward, tasks
 from internalrl.domains.code_tokenizer import boundaries, build_tokenizer, check_tokenizer, load_tokenizer
 from internalrl.domains.sandbox import Sandbox
 from internalrl.errors import InternalRLError
@@ -442,3 +442,14 @@ def test_figures_of_the_documentation(config: CodeConfig, nats: float, vocabular
     of_four = CodeConfig(idioms=config.idioms, min_idioms=4, max_idioms=4)
     lengths = np.array([len(tokenizer(text).input_ids) for text in sample_programs(of_four, 4000, rng()).texts])
     assert lengths.mean() == pytest.approx(tokens, abs=0.05 + 4 * lengths.std() / len(lengths) ** 0.5)
+
+
+def test_a_dataset_of_tasks_is_rewarded_row_by_row() -> None:
+    """Each row's program has to pass the tests of its own chain."""
+    chains = [list(task.chain) for task in tasks(CONFIG).values()][:3]
+    written = [sample_programs(CONFIG, 1, rng(), chain).completions[0] for chain in chains]
+    columns = {"prompts": [PROMPT] * 6, "completion_ids": [[]] * 6}
+    completions, asked = [*written, *written], [*chains, *chains[1:], chains[0]]
+    assert passes_tests(completions, asked, **columns) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    with pytest.raises(InternalRLError, match="no idiom 'juggle'"):
+        passes_tests(["return x\n"], [["juggle"]])

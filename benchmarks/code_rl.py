@@ -1,0 +1,108 @@
+"""Stage 3 on the code domain: internal RL finds a composition of idioms whose every transition is new to the base.
+
+    python benchmarks/code_rl.py --base FOLDER --adapter FOLDER [--idioms N] [--agent raw-action --temperature T]
+        [--budget PROGRAMS] [--seed S] [--label TEXT] [--output FILE]
+
+The task is known through its hidden tests alone: reward 1 for a program that passes them all. One run with one seed;
+the file collects runs, one for each label, agent, number of idioms, seed and settings. For every iteration of 1,024
+programs it holds the success, the programs that run, and the segments per program. On one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy and torch are imported
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from internalrl.domains.code import PROMPT, CodeConfig
+from internalrl.domains.code_tasks import evaluate, tasks
+from internalrl.domains.sandbox import Sandbox
+from internalrl.internal_rl.trainer import InternalRLTrainer
+from internalrl.metacontroller.steered import SteeredModel
+from internalrl.runlog import environment, read_metrics
+from internalrl.stages import InternalRLConfig
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "internal": {"lr": 2e-3, "epochs": 8, "clip_coef": 1.0, "initial_std": 1.3, "temperature": 0.3},
+    "raw-action": {"lr": 3e-5, "epochs": 1, "clip_coef": 0.2, "temperature": 1.0},
+}
+RECENT = 5
+"""Iterations that the final success is the mean of."""
+
+
+def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One run of RL."""
+    settings = {
+        **SETTINGS[options.agent],
+        **({} if options.temperature is None else {"temperature": options.temperature}),
+    }
+    task, base = tasks(CodeConfig())[options.idioms], AutoModelForCausalLM.from_pretrained(options.base)
+    args = InternalRLConfig(
+        agent=options.agent, output_dir=folder, seed=options.seed, episodes=options.budget, batch_size=1024,
+        num_generations=1024, max_completion_length=160, reward_weights=(1.0, 0.0), **settings,
+    )  # fmt: skip
+    with Sandbox() as sandbox:
+        ran: list[float] = []
+
+        def success(completions: list[str]) -> list[float]:
+            outcomes, passed = evaluate(completions, task, sandbox)
+            ran[:] = [float(outcome.status == "ran") for outcome in outcomes]
+            return [float(value) for value in passed]
+
+        def runs(completions: list[str]) -> list[float]:
+            return ran[: len(completions)]
+
+        model = base if options.agent == "raw-action" else SteeredModel.from_pretrained(base, options.adapter)
+        trainer = InternalRLTrainer(
+            model, [success, runs], args, [{"prompt": PROMPT}], AutoTokenizer.from_pretrained(options.base)
+        )
+        summary = trainer.train()
+    lines = read_metrics(folder)
+    curve = {name: [line[key] for line in lines] for name, key in (
+        ("programs", "episodes"), ("success", "rewards/success/mean"), ("run", "rewards/runs/mean"),
+        ("segments", "decisions"), ("tokens", "completions/mean_length"),
+    )}  # fmt: skip
+    hits = [programs for programs, rate in zip(curve["programs"], curve["success"], strict=True) if rate]
+    return {
+        "label": options.label, "agent": options.agent, "idioms": options.idioms, "seed": options.seed,
+        "settings": settings, "programs": summary["episodes"], "seconds": round(summary["seconds"]),
+        "final_success": sum(curve["success"][-RECENT:]) / RECENT,
+        "final_run": sum(curve["run"][-RECENT:]) / RECENT,
+        "first_hit_by": hits[0] if hits else None,
+        "above_0.8_by": next((p for p, s in zip(curve["programs"], curve["success"], strict=True) if s >= 0.8), None),
+        "curve": curve,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--idioms", type=int, default=4)
+    parser.add_argument("--agent", choices=SETTINGS, default="internal")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--budget", type=int, default=150_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--label", default="")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "code_rl.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = {**run(options, Path(folder) / "run"), **environment()}
+    runs = json.loads(options.output.read_text()) if options.output.exists() else []
+    names = ("label", "agent", "idioms", "seed", "settings")
+    runs = [old for old in runs if [old[name] for name in names] != [found[name] for name in names]]
+    options.output.write_text(json.dumps([*runs, found], indent=1) + "\n")
+    print(json.dumps({name: value for name, value in found.items() if name != "curve"}))
+
+
+if __name__ == "__main__":
+    main()
