@@ -20,7 +20,7 @@ from internalrl.base.text_data import Examples
 from internalrl.discovery import programs as programs_module
 from internalrl.discovery.evaluate import alignment
 from internalrl.discovery.objective import Coefficients, Episodes, discovery_loss
-from internalrl.discovery.programs import Programs
+from internalrl.discovery.programs import CodeDomain
 from internalrl.discovery.rehearse import rehearsal_loss
 from internalrl.discovery.slow import slow_features
 from internalrl.discovery.splice import Cut, splice
@@ -219,21 +219,21 @@ def test_only_accepted_splices_are_kept() -> None:
 
 
 @pytest.fixture(scope="module")
-def programs() -> tuple[Programs, list[list[int]]]:
+def programs() -> tuple[CodeDomain, list[list[int]]]:
     config = CodeConfig()
     tokenizer = build_tokenizer(config)
     texts = sample_programs(config, 30, np.random.default_rng(0)).texts
-    return Programs(config, tokenizer), tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return CodeDomain(config, tokenizer), tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def test_programs_that_do_not_run_are_refused(programs: tuple[Programs, list[list[int]]]) -> None:
+def test_programs_that_do_not_run_are_refused(programs: tuple[CodeDomain, list[list[int]]]) -> None:
     domain, texts = programs
     broken = [text[::-1] for text in texts[:3]]
     assert domain.accept([*texts[:5], *broken]) == [True] * 5 + [False] * 3
 
 
 def test_programs_cut_at_boundaries_and_spliced_run_and_show_new_transitions(
-    programs: tuple[Programs, list[list[int]]],
+    programs: tuple[CodeDomain, list[list[int]]],
 ) -> None:
     domain, texts = programs
     cut = [Cut(text, [5 - 1, *domain.boundaries(text)]) for text in texts]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from internalrl.base.text_data import context_length
 from internalrl.discovery.objective import Episodes
 from internalrl.domains.code import PROMPT, CodeConfig, parse
 from internalrl.domains.code_tasks import hidden_inputs
@@ -27,7 +28,7 @@ CHAIN = 4  # idioms of the programs that codes are forced to write
 TEMPERATURE = 0.3  # of the tokens under random codes
 
 
-class Programs:
+class CodeDomain:
     """What is known of programs of `config`, which `tokenizer` writes and a sandbox really runs."""
 
     def __init__(self, config: CodeConfig, tokenizer: PreTrainedTokenizerFast):
@@ -126,7 +127,7 @@ class Programs:
         sequences = steered.generate(
             prompt.expand(len(codes), -1),
             codes=codes,
-            max_length=LONGEST,
+            max_length=min(LONGEST, context_length(steered.base.config) or LONGEST),
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
             **options,

@@ -19,7 +19,7 @@ from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.grid import GridMaterial
 from internalrl.discovery.material import Material
 from internalrl.discovery.objective import Coefficients, discovery_loss
-from internalrl.discovery.programs import Programs
+from internalrl.discovery.programs import CodeDomain
 from internalrl.discovery.slow import slow_features
 from internalrl.discovery.text import TextMaterial
 from internalrl.domains.code import CodeConfig
@@ -83,7 +83,7 @@ def make_material(base: PreTrainedModel, config: DiscoverConfig, seed: int) -> M
     tokenizer, programs = load_tokenizer(base_folder(config)), None
     if config.domain != "text":
         code = CodeConfig() if config.domain == "code" else CodeConfig.large()
-        programs = Programs(code, load_code_tokenizer(base_folder(config), code))
+        programs = CodeDomain(code, load_code_tokenizer(base_folder(config), code))
     return TextMaterial(tokenise(config.data, tokenizer, base.config), seed, programs)
 
 
