@@ -78,6 +78,8 @@ async def load(folder: Path, seconds: float) -> dict[str, Any]:
         files = running.open_files() - files
     then, mb = np.array([entry for entry in memory if entry[0] - memory[0][0] > WARM * seconds]).T
     slope, _ = np.polyfit(then - then[0], mb, 1)
+    half = len(then) // 2
+    late, _ = np.polyfit(then[half:] - then[half], mb[half:], 1)
     growth = float(slope * (then[-1] - then[0]) / np.median(mb))
     return {
         "seconds": seconds,
@@ -90,6 +92,7 @@ async def load(folder: Path, seconds: float) -> dict[str, Any]:
         "memory": {
             "mb": spread(mb, 1),
             "mb_per_minute": round(60 * float(slope), 3),
+            "mb_per_minute_in_last_half": round(60 * float(late), 3),
             "growth": round(growth, 5),
             "of_seconds": round(float(then[-1] - then[0])),
         },

@@ -29,16 +29,19 @@ def send_generated(url: str, headers: dict[str, str], requests: int) -> Counter[
         statuses[str(answer.status_code)] += 1
         case.validate_response(answer, checks=CHECKS)
 
-    chosen = settings(
-        max_examples=requests // (2 * len(operations)) + 1,
-        database=None,
-        deadline=None,
-        derandomize=True,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    for operation in operations:
-        for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
-            with suppress(Unsatisfiable):  # where nothing can be given, nothing can be wrong
-                chosen(given(case=operation.as_strategy(generation_mode=mode))(send))()
+    # What takes a body comes last: of the others some have only a few requests, or none that does not fit.
+    operations.sort(key=lambda operation: bool(operation.body))
+    modes = (schemathesis.GenerationMode.NEGATIVE, schemathesis.GenerationMode.POSITIVE)
+    pairs = [(operation, mode) for operation in operations for mode in modes]
+    for number, (operation, mode) in enumerate(pairs):
+        chosen = settings(
+            max_examples=-(-max(requests - statuses.total(), 1) // (len(pairs) - number)),
+            database=None,
+            deadline=None,
+            derandomize=True,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        with suppress(Unsatisfiable):
+            chosen(given(case=operation.as_strategy(generation_mode=mode))(send))()
     return statuses

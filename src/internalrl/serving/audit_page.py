@@ -106,7 +106,7 @@ def _class(segment: Segment, classes: dict[str | None, str]) -> str:
 def _key(segments: Sequence[Segment], classes: dict[str | None, str]) -> str:
     shown = [f'<span class="chip {color}">{_shown(name or "")}</span>' for name, color in classes.items()]
     if any(segment.strategy is None and segment.code for segment in segments):
-        shown.append('<span class="chip plain0">no named strategy</span>')
+        shown.append('<span class="chip plain">no named strategy</span>')
     if any(not segment.code for segment in segments):
         shown.append('<span class="chip off">not steered</span>')
     if any(segment.violation is not None for segment in segments):

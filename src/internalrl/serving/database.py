@@ -103,6 +103,7 @@ def _prepare(connection: Any, _: Any) -> None:
                 raise
             time.sleep(0.01)
     connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA cache_size=-512")  # KiB for each connection; the system caches the file as well
 
 
 def _begin(connection: Connection) -> None:

@@ -17,7 +17,7 @@ from internalrl.serving.versions import Routing
 
 log = logging.getLogger(__name__)
 
-EVERY = 0.2
+EVERY = 0.1
 """Seconds between two looks at the registry."""
 
 

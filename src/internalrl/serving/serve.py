@@ -194,6 +194,7 @@ def uvicorn_config(app: Guard, bounds: Bounds) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=65,  # longer than clients keep a connection, or a request could meet its end
         timeout_graceful_shutdown=10,
     )
 
