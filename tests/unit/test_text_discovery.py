@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internalrl import cli
+from internalrl import cli, loop
 from internalrl.base.loading import load_tokenizer
 from internalrl.base.pretrain_text import build_language_model, save_language_model
 from internalrl.base.text_data import Examples
 from internalrl.discovery import programs as programs_module
+from internalrl.discovery import rehearse, train
 from internalrl.discovery.evaluate import alignment
 from internalrl.discovery.objective import Coefficients, Episodes, discovery_loss
 from internalrl.discovery.programs import CodeDomain
@@ -323,6 +325,34 @@ def test_discover_from_the_command_line(
     assert load_tokenizer(tmp_path / "run" / "base").eos_token_id is not None
     stages = {row["stage"] for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())}
     assert stages == {"discover", "rehearse"}
+
+
+@pytest.mark.filterwarnings("ignore:The (switch|codes)")
+@pytest.mark.parametrize(("stage", "step"), [("discover", 3), ("rehearse", 1), ("rehearse", 3)])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    stage: str, step: int, corpus: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second round of rehearsal, too, whose splices are cut at the switches of its beginning."""
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    for module in (train, rehearse):
+        monkeypatch.setattr(module, "LOG_EVERY", 1)
+    model, data = corpus
+    run = ["discover", "--preset", "text", "--config", str(tmp_path / "tiny.yaml"), "--base", str(model)]
+    run += ["--data", str(data), "--run"]
+    assert cli.main([*run, str(tmp_path / "whole")]) == 0
+    log = loop.Loop.log
+
+    def dying(self: loop.Loop, **metrics: Any) -> None:
+        log(self, **metrics)
+        if (self.stage, self.step) == (stage, step):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "log", dying)
+        assert cli.main([*run, str(tmp_path / "killed")]) == 130
+    assert cli.main([*run, str(tmp_path / "killed"), "--resume"]) == 0
+    for name in ("adapter/adapter_model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
