@@ -15,7 +15,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "GridConfig": "internalrl.domains.grid",
+    "InternalRLConfig": "internalrl.stages",
     "InternalRLError": "internalrl.errors",
+    "InternalRLTrainer": "internalrl.internal_rl.trainer",
     "MetacontrollerConfig": "internalrl.stages",
     "ResidualTap": "internalrl.base.residual",
     "RunFolder": "internalrl.runlog",
