@@ -1,11 +1,11 @@
 """Stage 2 on the code domain: do switches fall where idioms end, and does a code write its idiom after any other?
 
-    python benchmarks/code_discovery.py --bases FOLDER [--seeds 0 1 …] [--variant NAME] [--output FILE]
+    python benchmarks/code_discovery.py [--bases FOLDER] [--seeds 0 1 …] [--variant NAME] [--output FILE]
 
-FOLDER/seedN is the language model of seed N, as `benchmarks/code_base.py --keep FOLDER` leaves it; `base` in the file
-is the beginning of its fingerprint, so that runs on the same model can be told. Discovery and
-consolidation are those of `internalrl discover --preset text --domain code`. Each run is measured before and after
-consolidation on held-out programs; a run that the file has already is replaced, others are kept. Variants:
+FOLDER/seedN is the language model of seed N, as `benchmarks/code_base.py --keep FOLDER` leaves it; without --bases it
+is trained first. `base` in the file is the beginning of its fingerprint, so that runs on the same model can be told.
+Discovery and consolidation are those of `internalrl discover --preset text --domain code`. Each run is measured before
+and after consolidation on held-out programs; a run that the file has already is replaced, others are kept. Variants:
 
     text        the preset
     inferred    the encoder sees slow features of what the base has inferred, as on the grid; discovery alone
@@ -25,6 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy and torch are imported
 
 import numpy as np
 import torch
+from code_base import train
 from spread import spread
 
 from internalrl.base.loading import load_base
@@ -41,7 +42,7 @@ from internalrl.domains.code_tokenizer import load_tokenizer
 from internalrl.metacontroller.adapter import base_fingerprint
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder, environment
-from internalrl.stages import DiscoverConfig
+from internalrl.stages import DiscoverConfig, PretrainTextConfig
 from internalrl.streams import Stream
 
 PROGRAMS, HELD_OUT = 6000, 1024
@@ -90,7 +91,7 @@ def learn(base: Path, variant: str, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bases", type=Path, required=True)
+    parser.add_argument("--bases", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variant", choices=VARIANTS, default="text")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "code_discovery.json")
@@ -98,7 +99,11 @@ def main() -> None:
     torch.set_num_threads(1)
     for seed in options.seeds:
         began = time.monotonic()
-        run = learn(options.bases / f"seed{seed}", options.variant, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            bases = options.bases or Path(folder)
+            if options.bases is None:
+                train(PretrainTextConfig(), CodeConfig(), seed, keep=bases)
+            run = learn(bases / f"seed{seed}", options.variant, seed)
         print(json.dumps({**run, "all_seconds": round(time.monotonic() - began)}), flush=True)
         stored = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
         others = [old for old in stored if (old["variant"], old["seed"]) != (options.variant, seed)]
