@@ -4,13 +4,13 @@
 
 A random Llama of 54 million parameters; 16 prompts of 32 tokens; whole answers, from the first request submitted to the
 last event read, prompts included. The adapters have the default sizes and a policy, and a switch that opens a segment
-at about every eighth token. Each repeat runs the kinds one after the other, in turn of order, on the same engine;
-ratios are taken within a repeat:
+at about every eighth token. Each repeat runs the kinds one after the other, forwards or backwards in turn, on the same
+engine; ratios are taken within a repeat:
 
-    unsteered   16 streams of the bare base
     steered     16 streams of one adapter
+    unsteered   16 streams of the bare base
     mixed       16 streams, four adapters in turn
-    alone       four streams, one after the other, an adapter each
+    alone       two streams, one after the other, an adapter each
 
 Then, as many times, while 16 mixed streams are running, an adapter is loaded from its folder into the engine and
 another one is taken away; the time is until requests can name the new one, and the old one no more.
@@ -38,7 +38,7 @@ from internalrl.serving.engine import Engine, EngineConfig
 from internalrl.serving.requests import Request
 from internalrl.stages import MetacontrollerConfig
 
-STREAMS, PROMPT, ADAPTERS, ALONE = 16, 32, 4, 4
+STREAMS, PROMPT, ADAPTERS, ALONE = 16, 32, 4, 2
 SIZES = {
     "vocab_size": 16_000,
     "hidden_size": 512,
@@ -119,7 +119,7 @@ def swap(engine: Engine, running: list[Request], folder: Path, new: str, old: st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=9, help="timed repeats")
+    parser.add_argument("--repeats", type=int, default=15, help="timed repeats")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens per stream")
     results = Path(__file__).parent / "results" / "serving.json"
     parser.add_argument("--output", type=Path, default=results, help="where the JSON goes")
@@ -128,8 +128,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, keys = llama(device), [f"adapter-{number}" for number in range(ADAPTERS)]
     kinds: dict[str, tuple[list[str | None], int, bool]] = {
-        "unsteered": ([None], STREAMS, True),
         "steered": ([keys[0]], STREAMS, True),
+        "unsteered": ([None], STREAMS, True),
         "mixed": ([*keys], STREAMS, True),
         "alone": ([*keys], ALONE, False),
     }
@@ -143,18 +143,18 @@ def main() -> None:
         engine.add_adapter("new--1", Path(folder) / keys[0])
         for who, count, together in kinds.values():  # untimed
             rate(engine, requests(who, count, 4, 0), together)
-        before = engine.stats()
-        names = list(kinds)
+        before = engine.stats().segments
         for repeat in range(args.repeats):
-            for name in (*names[repeat % len(names) :], *names[: repeat % len(names)]):
+            for name in list(kinds)[:: 1 if repeat % 2 else -1]:
                 who, count, together = kinds[name]
                 rates[name].append(rate(engine, requests(who, count, args.new_tokens, repeat), together))
-        after = engine.stats()
+        segments = engine.stats().segments - before
         for repeat in range(args.repeats):
             running, new, old = requests([*keys], STREAMS, 10_000, repeat), f"new-{repeat}", f"new-{repeat - 1}"
             swaps.append(swap(engine, running, Path(folder) / keys[0], new, old))
     assert [parameter.data_ptr() for parameter in base.parameters()] == pointers
 
+    steered = [count for name, (_, count, _) in kinds.items() if name != "unsteered"]
     of = {name: np.array(values) for name, values in rates.items()}
     result = {
         "command": " ".join(["python", *sys.argv]),
@@ -165,7 +165,7 @@ def main() -> None:
         "prompt_tokens": PROMPT,
         "new_tokens": args.new_tokens,
         "base_parameters": sum(parameter.numel() for parameter in base.parameters()),
-        "segments_per_token": round((after.segments - before.segments) / (after.tokens - before.tokens), 4),
+        "segments_per_steered_token": round(segments / (args.repeats * args.new_tokens * sum(steered)), 4),
         "tokens_per_second": {name: spread(values) for name, values in of.items()},
         "ratio_to_unsteered": {name: spread(of[name] / of["unsteered"]) for name in ("steered", "mixed")},
         "ratio_to_alone": spread(of["mixed"] / of["alone"]),
