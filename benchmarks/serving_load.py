@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from spread import spread
 
 from internalrl.runlog import environment
@@ -222,27 +223,39 @@ async def audit(folder: Path, repeats: int) -> dict[str, Any]:
     save_models(models, **LARGER)
     work = [ask.with_options(model="code", max_tokens=64, n=1) for ask in asks(2 * SLOTS, 64)]
     rates: dict[str, list[float]] = {"with": [], "without": []}
+    costs: dict[str, list[float]] = {"with": [], "without": []}
     with server(models, state="with") as one, server(models, "--audit.no-enabled", state="without") as other:
         async with one.client() as with_audit, other.client() as without:
-            clients = {"with": with_audit, "without": without}
+            contestants = {"with": (one, with_audit), "without": (other, without)}
             for repeat in range(repeats + 1):
-                for name in sorted(clients, reverse=bool(repeat % 2)):
-                    began = time.perf_counter()
-                    answers = await asyncio.gather(*(whole(clients[name], ask) for ask in work))
-                    seconds = time.perf_counter() - began
+                for name in sorted(contestants, reverse=bool(repeat % 2)):
+                    running, client = contestants[name]
+                    began, cpu = time.perf_counter(), running.cpu_seconds()
+                    answers = await asyncio.gather(*(whole(client, ask) for ask in work))
+                    tokens = sum(answer.tokens for answer in answers)
                     if repeat:  # the first one warms up
-                        rates[name].append(sum(answer.tokens for answer in answers) / seconds)
+                        rates[name].append(tokens / (time.perf_counter() - began))
+                        costs[name].append(1000 * (running.cpu_seconds() - cpu) / tokens)
     lost = 1 - np.array(rates["with"]) / np.array(rates["without"])
-    draw = np.random.default_rng(0).choice(lost, (10_000, len(lost)))
+    cost = np.array(costs["with"]) / np.array(costs["without"]) - 1
     return {
         "repeats": repeats,
         "base": LARGER,
         "streams": SLOTS,
         "tokens_per_second": {name: spread(values, 1) for name, values in rates.items()},
         "overhead": spread(lost),
-        "overhead_interval": np.quantile(np.median(draw, 1), (0.025, 0.975)).round(4).tolist(),
+        "overhead_interval": _interval(lost),
+        "cpu_ms_per_token": {name: spread(values) for name, values in costs.items()},
+        "cpu_overhead": spread(cost),
+        "cpu_overhead_interval": _interval(cost),
         "passed": float(np.median(lost)) <= 0.02,
     }
+
+
+def _interval(values: NDArray[np.float64]) -> list[float]:
+    """95 % bootstrap interval of the median."""
+    medians = np.median(np.random.default_rng(0).choice(values, (10_000, len(values))), 1)
+    return [round(float(limit), 4) for limit in np.quantile(medians, (0.025, 0.975))]
 
 
 def main() -> int:

@@ -58,6 +58,13 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
         return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
 
+    def cpu_seconds(self) -> float:
+        """Time that its threads have computed."""
+        user, system = (
+            Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
+        )
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def open_files(self) -> int:
         """Files and sockets that it holds."""
         return len([*Path(f"/proc/{self.process.pid}/fd").iterdir()])
