@@ -38,22 +38,8 @@ from internalrl.serving.registry import Registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.generated import send_generated
-from tests.load import (
-    SLOTS,
-    Answered,
-    Server,
-    Tally,
-    asks,
-    crowd,
-    idle,
-    mixed,
-    recorded,
-    save_models,
-    server,
-    streamed,
-    told_of,
-    whole,
-)
+from tests.load import Answered, Tally, asks, crowd, idle, mixed, recorded, streamed, told_of, whole
+from tests.server_process import SLOTS, Server, save_models, server
 
 STREAMS = 64
 LARGER = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}

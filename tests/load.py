@@ -1,31 +1,21 @@
-"""A real server in a process of its own, and a crowd of clients that know what the right answers are."""
+"""A crowd of clients that know what the right answers are."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import re
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx2
 
 from internalrl.serving.audit_store import Segment
-from internalrl.serving.security import SCOPES, Keys
-from tests.served import byte_tokenizer, save_adapter, served_base
+from tests.server_process import LARGEST
 
-SLOTS, LARGEST = 16, 65_536
-"""Slots of the server; bytes of the largest body."""
 MODELS = ("code", "support", "tiny")
 
 MIX = {
@@ -34,80 +24,6 @@ MIX = {
 }  # fmt: skip
 """What the clients of a load test do, and how often."""
 REFUSED = {"oversize": 413, "malformed": 400, "bad key": 401, "no model": 404}
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running server: its address, a key for everything, its process and its folder."""
-
-    url: str
-    key: str
-    process: subprocess.Popen[bytes]
-    folder: Path
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.key}"}
-
-    def client(self) -> httpx2.AsyncClient:
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
-        return httpx2.AsyncClient(base_url=self.url, headers=self.headers, verify=False, timeout=120, limits=limits)
-
-    def memory(self) -> float:
-        """Resident memory in MB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
-        return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
-
-    def cpu_seconds(self) -> float:
-        """Time that its threads have computed."""
-        user, system = (
-            Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
-        )
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-    def open_files(self) -> int:
-        """Files and sockets that it holds."""
-        return len([*Path(f"/proc/{self.process.pid}/fd").iterdir()])
-
-
-def save_models(folder: Path, **sizes: int) -> None:
-    """A random base, its tokenizer, and three adapters."""
-    base = served_base(**sizes)
-    base.save_pretrained(folder / "base")
-    byte_tokenizer().save_pretrained(folder / "base")
-    for seed, name in enumerate(("code", "support", "other"), 1):
-        save_adapter(base, folder / name, seed, policy=name == "code")
-
-
-@contextmanager
-def server(folder: Path, *options: str, state: str = "state") -> Iterator[Server]:
-    """`internalrl serve` with the models of `folder`; its registry and audit are in `folder / state`."""
-    registry = folder / state / "registry"
-    keys = Keys(registry)
-    _, key = keys.create("load", SCOPES)
-    keys.close()
-    command = [sys.executable, "-m", "internalrl.cli", "serve", str(folder / "base"), "--name", "tiny", "--port", "0"]
-    command += ["--adapter", f"code={folder / 'code'}", "--adapter", f"support={folder / 'support'}"]
-    command += ["--registry", str(registry), "--audit.folder", str(folder / state / "audit"), "--threads", "1"]
-    command += ["--slots", str(SLOTS), "--queue", "256", "--bounds.body-bytes", str(LARGEST), *options]
-    log = folder / f"{state}.log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        while not (found := re.search(r"Serving tiny at (\S+)/v1", log.read_text(encoding="utf-8"))):
-            if process.poll() is not None:
-                raise RuntimeError(f"the server did not start:\n{log.read_text(encoding='utf-8')}")
-            time.sleep(0.05)
-        yield Server(found[1], key, process, folder / state)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-        process.wait(60)
-        said = [line for line in log.read_text(encoding="utf-8").splitlines()[1:] if line.strip(" .") != "Interrupted"]
-        sys.stderr.write("".join(f"server: {line}\n" for line in said if line))
-
-
-# -- clients --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

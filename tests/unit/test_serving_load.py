@@ -16,22 +16,8 @@ from internalrl.serving.audit import Audit
 from internalrl.serving.audit_store import Query
 from internalrl.serving.registry import Registry
 from tests.generated import send_generated
-from tests.load import (
-    MIX,
-    Server,
-    Tally,
-    Told,
-    asks,
-    crowd,
-    idle,
-    mixed,
-    recorded,
-    save_models,
-    server,
-    streamed,
-    told_of,
-    whole,
-)
+from tests.load import MIX, Tally, Told, asks, crowd, idle, mixed, recorded, streamed, told_of, whole
+from tests.server_process import Server, save_models, server
 
 
 @pytest.fixture(scope="module")
