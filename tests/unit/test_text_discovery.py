@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -244,6 +245,41 @@ def test_programs_cut_at_boundaries_and_spliced_run_and_show_new_transitions(
     readings = [parse(domain.config, domain.text(text.tokens)) for text in spliced]
     assert all(reading.complete for reading in readings)
     assert any(domain.config.unseen[a, b] for r in readings for a, b in pairwise(r.idioms))
+
+
+def test_forced_codes_are_judged_up_to_the_first_mistake(
+    programs: tuple[CodeDomain, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that does what codes say passes everywhere; one that writes `sort` for `reverse` fails there."""
+    domain, _ = programs
+    config = domain.config
+    codes = [torch.full((1, 1), float(k)) for k in range(len(config.idioms))]
+    asked = {False: 0, True: 0}
+
+    def writer(mistake: bool) -> Callable[..., list[str]]:
+        def write(steered: SteeredModel, chosen: Tensor) -> list[str]:
+            texts = []
+            for row in chosen.squeeze(-1)[:, :-1].long().tolist():
+                chain = [config.idioms[k] for k in row]
+                asked[mistake] += row.count(0)
+                chain = ["sort" if mistake and idiom == "reverse" else idiom for idiom in chain]
+                texts += sample_programs(config, 1, np.random.default_rng(0), chain).texts
+            return texts
+
+        return write
+
+    monkeypatch.setattr(domain, "_codes", lambda *given: (codes, torch.full((1, 1), -1.0)))
+    material = TextMaterial(examples(), seed=0)
+    found = {}
+    for mistake in (False, True):
+        monkeypatch.setattr(domain, "_write", writer(mistake))
+        found[mistake] = domain.forced(steered_following(), material)
+    assert set(found[False].values()) == {1.0}
+    assert asked[True] == asked[False] > 0
+    assert found[True]["forced_first"] == pytest.approx(7 / 8, abs=0.05)
+    assert found[True]["forced_corpus"] == pytest.approx(7 / 8, abs=0.05)
+    assert found[True]["forced_unseen"] == pytest.approx(7 / 8, abs=0.05)
+    assert found[True]["forced_whole"] == pytest.approx((7 / 8) ** 4, abs=0.06)
 
 
 def test_rehearsal_learns_from_texts_and_splices() -> None:
