@@ -217,7 +217,7 @@ class Service:
                         raise failed() if event.error in (None, FAILED) else Problem(400, str(event.error))
                     if event.reason == "cancelled":
                         raise Problem(503, "The server is shutting down.", code="shutting_down")
-                    if remembered:  # whoever has the answer may tell how it was
+                    if remembered and len(ended) == len(streams):  # whoever has the answer may tell how it was
                         await asyncio.wait({remembered}, timeout=REMEMBER)
                 yield index, event
 
