@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -134,6 +135,37 @@ def test_codes_are_scored_as_they_were_drawn(policy: Policy) -> None:
     noise = torch.randn(12, N_Z, generator=generator())
     expected = -0.5 * (noise**2).sum(1) - (policy.log_std.sum() + N_Z / 2 * math.log(2 * math.pi))
     close(agent.log_prob(decisions)[:, 0], expected)
+
+
+@pytest.mark.parametrize("kind", ["internal", "raw-action"])
+def test_parts_played_side_by_side_are_what_each_is_alone(
+    kind: str, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three threads on one model's copies: hooks, caches and random numbers of one part touch no other."""
+    monkeypatch.setattr("internalrl.internal_rl.threads.LEAST", 4)
+    steered = tiny_steered()
+    agent = InternalAgent(steered, policy, temperature=1.0) if kind == "internal" else RawActionAgent(steered)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        played, decisions = agent.play(environment(13), generator())
+        again, _ = agent.play(environment(13), generator())
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(again.code, played.code)
+    assert torch.equal(again.actions, played.actions)
+    seeds = torch.randint(2**62, (3,), generator=generator()).tolist()
+    for rows, seed in zip(np.array_split(np.arange(13), 3), seeds, strict=True):
+        part, chosen = agent._play(steered, environment(13).select(rows), generator(seed))
+        steps, count = part.actions.shape[1], chosen.mask.shape[1]
+        assert torch.equal(played.length[rows], part.length)
+        assert torch.equal(played.actions[rows, :steps], part.actions)
+        assert not played.actions[rows, steps:].any()
+        close(played.logits[rows, :steps], part.logits)
+        close(decisions.chosen[rows, :count].float(), chosen.chosen.float())
+        assert torch.equal(decisions.mask[rows, :count], chosen.mask)
+        assert not decisions.mask[rows, count:].any()
 
 
 @pytest.mark.parametrize(("budget", "iterations"), [(3, 1), (4, 1), (11, 2), (12, 3)])

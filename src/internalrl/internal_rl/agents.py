@@ -5,7 +5,7 @@ An agent plays a batch of episodes and can say how likely its decisions were; `t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from internalrl.internal_rl.recording import Recording
+from internalrl.internal_rl.threads import side_by_side
 from internalrl.metacontroller.limits import Limits
 from internalrl.metacontroller.policy import Policy, PolicyActor
-from internalrl.metacontroller.rollout import BatchEnvironment, Rollout, RowChance, rollout
+from internalrl.metacontroller.rollout import BatchEnvironment, Rollout, RowChance, rollout, stack_padded
 from internalrl.metacontroller.steered import SteeredModel
 
 SCORED_TOGETHER = 128
@@ -39,6 +40,12 @@ class Decisions:
         size = self.together or len(self.mask)
         for rows in (slice(begin, begin + size) for begin in range(0, len(self.mask), size)):
             yield rows, Decisions(self.seen[rows], self.chosen[rows], self.mask[rows])
+
+    @classmethod
+    def join(cls, parts: Sequence[Decisions]) -> Decisions:
+        """Those of parts of a batch, one after the other."""
+        tensors = [stack_padded([getattr(part, name) for part in parts]) for name in ("seen", "chosen", "mask")]
+        return cls(*tensors, parts[0].together)
 
 
 class Agent(Protocol):
@@ -77,9 +84,17 @@ class InternalAgent:
         self.deterministic, self.forget, self.limits = deterministic, forget, limits
 
     def play(self, environment: BatchEnvironment, generator: torch.Generator | RowChance) -> tuple[Rollout, Decisions]:
+        if isinstance(generator, RowChance) or self.limits is not None:  # limits count what they see, one at a time
+            return self._play(self.steered, environment, generator)
+        results, decisions = zip(*side_by_side(self._play, self.steered, environment, generator), strict=True)
+        return Rollout.join(results), Decisions.join(decisions)
+
+    def _play(
+        self, steered: SteeredModel, environment: BatchEnvironment, generator: torch.Generator | RowChance
+    ) -> tuple[Rollout, Decisions]:
         noise = generator.codes if isinstance(generator, RowChance) else generator
         actor = PolicyActor(self.module, len(environment), noise, self.deterministic, self.limits)
-        result = rollout(self.steered, environment, actor, self.temperature, self.forget, generator)
+        result = rollout(steered, environment, actor, self.temperature, self.forget, generator)
         return result, Decisions(*actor.segments())
 
     def log_prob(self, decisions: Decisions) -> Tensor:
@@ -100,8 +115,15 @@ class RawActionAgent:
         steered.metacontroller.requires_grad_(False)
 
     def play(self, environment: BatchEnvironment, generator: torch.Generator | RowChance) -> tuple[Rollout, Decisions]:
+        assert isinstance(generator, torch.Generator)
+        results, decisions = zip(*side_by_side(self._play, self.steered, environment, generator), strict=True)
+        return Rollout.join(results), Decisions.join(decisions)
+
+    def _play(
+        self, steered: SteeredModel, environment: BatchEnvironment, generator: torch.Generator
+    ) -> tuple[Rollout, Decisions]:
         recording = Recording(environment)
-        result = rollout(self.steered, recording, self._zero_code, self.temperature, generator=generator)
+        result = rollout(steered, recording, self._zero_code, self.temperature, generator=generator)
         return result, Decisions(recording.observations(result.actions.shape[1]), result.actions, result.mask)
 
     def log_prob(self, decisions: Decisions) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from internalrl.metacontroller.codes import Propose, RowNoise, row_seeds
 from internalrl.metacontroller.steered import SteeredModel
@@ -50,6 +52,19 @@ class Rollout:
     def mask(self) -> Tensor:
         """(N, T): True at steps that were taken."""
         return torch.arange(self.actions.shape[1]) < self.length[:, None]
+
+    @classmethod
+    def join(cls, parts: Sequence[Rollout]) -> Rollout:
+        """Parts of a batch, one after the other."""
+        return cls(**{name: stack_padded([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+
+def stack_padded(parts: Sequence[Tensor]) -> Tensor:
+    """(N_i, T_i, …) or (N_i,) one after the other, with zeros after those that are shorter than the longest."""
+    if parts[0].ndim == 1:
+        return torch.cat(list(parts))
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (*[0, 0] * (part.ndim - 2), 0, longest - part.shape[1])) for part in parts])
 
 
 @dataclass
