@@ -44,8 +44,10 @@ class Decisions:
     @classmethod
     def join(cls, parts: Sequence[Decisions]) -> Decisions:
         """Those of parts of a batch, one after the other."""
-        tensors = [stack_padded([getattr(part, name) for part in parts]) for name in ("seen", "chosen", "mask")]
-        return cls(*tensors, parts[0].together)
+        seen, chosen, mask = (
+            stack_padded([getattr(part, name) for part in parts]) for name in ("seen", "chosen", "mask")
+        )
+        return cls(seen, chosen, mask, parts[0].together)
 
 
 class Agent(Protocol):
