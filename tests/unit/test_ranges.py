@@ -26,7 +26,7 @@ from internalrl.stages import (
     ReportConfig,
 )
 
-ANY_NUMBER = {"switch_bias"}
+ANY_NUMBER = {"switch_bias", "reward_weights"}
 
 
 @pytest.fixture(autouse=True)
