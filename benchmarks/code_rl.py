@@ -1,11 +1,12 @@
 """Stage 3 on the code domain: internal RL finds a composition of idioms whose every transition is new to the base.
 
     python benchmarks/code_rl.py --base FOLDER --adapter FOLDER [--idioms N] [--agent raw-action --temperature T]
-        [--budget PROGRAMS] [--seed S] [--label TEXT] [--output FILE]
+        [--budget PROGRAMS] [--seed S] [--label TEXT] [--run FOLDER] [--output FILE]
 
 The task is known through its hidden tests alone: reward 1 for a program that passes them all. One run with one seed;
 the file collects runs, one for each label, agent, number of idioms, seed and settings. For every iteration of 1,024
 programs it holds the success, the programs that run, and the segments per program. On one thread.
+With --run, a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         trainer = InternalRLTrainer(
             model, [success, runs], args, [{"prompt": PROMPT}], AutoTokenizer.from_pretrained(options.base)
         )
-        summary = trainer.train()
+        summary = trainer.train(resume_from_checkpoint=(folder / "config.json").exists())
     lines = read_metrics(folder)
     curve = {name: [line[key] for line in lines] for name, key in (
         ("programs", "episodes"), ("success", "rewards/success/mean"), ("run", "rewards/runs/mean"),
@@ -92,11 +93,12 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=150_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", default="")
+    parser.add_argument("--run", type=Path)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "code_rl.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = {**run(options, Path(folder) / "run"), **environment()}
+        found = {**run(options, options.run or Path(folder) / "run"), **environment()}
     runs = json.loads(options.output.read_text()) if options.output.exists() else []
     names = ("label", "agent", "idioms", "seed", "settings")
     runs = [old for old in runs if [old[name] for name in names] != [found[name] for name in names]]
