@@ -1,11 +1,12 @@
 """Stage 1 on the code domain: small language models against the exact entropy of their corpus, on one thread.
 
-    python benchmarks/code_base.py [--seeds N] [--steps S] [--keep FOLDER] [--output FILE]
+    python benchmarks/code_base.py [--seeds 0 1 …] [--steps S] [--keep FOLDER] [--output FILE]
 
 For each seed a Llama of 4 × 128 learns fresh programs. Measured on programs that it has not seen: its NLL per program
 above the grammar's own on the same programs (`gap_nats`), which is the KL divergence between the two; and, of programs
 sampled at a temperature, how many parse and run on a task's inputs (`run`), and how many are a chain of idioms and
-nothing else (`idioms`). `--keep` saves models and tokenizers as FOLDER/seed0 and so on.
+nothing else (`idioms`). `--keep` saves models and tokenizers as FOLDER/seed0 and so on. Seeds that are not asked for
+stay in the file as they are.
 """
 
 from __future__ import annotations
@@ -86,25 +87,25 @@ def sampled(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=PretrainTextConfig.steps)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "code_base.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     config, code = PretrainTextConfig(steps=options.steps), CodeConfig()
-    runs = []
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         began = time.monotonic()
-        runs.append(train(config, code, seed, options.keep))
-        print(json.dumps({**runs[-1], "all_seconds": round(time.monotonic() - began)}), flush=True)
+        run = {**train(config, code, seed, options.keep), "config": vars(config), **environment()}
+        print(json.dumps({**run, "all_seconds": round(time.monotonic() - began)}), flush=True)
+        stored = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
+        runs = sorted([run, *(old for old in stored if old["seed"] != seed)], key=lambda run: run["seed"])
         result = {
-            "config": vars(config),
+            "command": f"python benchmarks/code_base.py --seeds {' '.join(str(run['seed']) for run in runs)}",
             "entropy_nats": round(entropy(code), 4),
             "gap_nats": spread([run["gap_nats"] for run in runs]),
             "runs_at_0.7": spread([run["sampled"]["0.7"]["run"] for run in runs]),
-            "seeds": runs,
-            **environment(),
+            "runs": runs,
         }
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -1,11 +1,12 @@
 """Stage 2 on the code domain: do switches fall where idioms end, and does a code write its idiom after any other?
 
-    python benchmarks/code_discovery.py [--bases FOLDER] [--seeds 0 1 …] [--variant NAME] [--output FILE]
+    python benchmarks/code_discovery.py [--bases FOLDER] [--seeds 0 1] [--variant NAME] [--keep FOLDER] [--output FILE]
 
 FOLDER/seedN is the language model of seed N, as `benchmarks/code_base.py --keep FOLDER` leaves it; without --bases it
 is trained first. `base` in the file is the beginning of its fingerprint, so that runs on the same model can be told.
-Discovery and consolidation are those of `internalrl discover --preset text --domain code`. Each run is measured before
-and after consolidation on held-out programs; a run that the file has already is replaced, others are kept. Variants:
+--keep saves the adapters as FOLDER/seedN. Discovery and consolidation are those of `internalrl discover --preset text
+--domain code`. Each run is measured before and after consolidation on held-out programs; a run that the file has
+already is replaced, others are kept. Variants:
 
     text        the preset
     inferred    the encoder sees slow features of what the base has inferred, as on the grid; discovery alone
@@ -57,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SPREAD = ("switch_f1", "forced_corpus", "forced_unseen", "forced_whole", "random_runs")
 
 
-def learn(base: Path, variant: str, seed: int) -> dict[str, Any]:
+def learn(base: Path, variant: str, seed: int, keep: Path | None) -> dict[str, Any]:
     """Discover and consolidate on one base; what was measured, and the seconds."""
     preset = from_dict(DiscoverConfig, PRESETS["text"]["discover"])
     config, code = from_dict(DiscoverConfig, VARIANTS[variant], base=preset), CodeConfig()
@@ -74,6 +75,8 @@ def learn(base: Path, variant: str, seed: int) -> dict[str, Any]:
         if config.consolidate.enabled:
             seconds |= consolidate(steered, material, config.consolidate, run)
             found["consolidated"] = material.measure(steered)
+        if keep is not None:
+            steered.save_pretrained(keep / f"seed{seed}", {"discover": {"seed": seed, "variant": variant}})
         codes = run.metrics("rehearse" if config.consolidate.enabled else "discover")[-1]
     held_out = sample_programs(code, HELD_OUT, Stream.HELD_OUT.numpy(seed))
     rows = [{"prompt": PROMPT, "completion": completion} for completion in held_out.completions]
@@ -86,6 +89,7 @@ def learn(base: Path, variant: str, seed: int) -> dict[str, Any]:
         **found,
         "last_step": codes,
         "seconds": seconds,
+        **environment(),
     }
 
 
@@ -94,6 +98,7 @@ def main() -> None:
     parser.add_argument("--bases", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variant", choices=VARIANTS, default="text")
+    parser.add_argument("--keep", type=Path)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "code_discovery.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -103,14 +108,14 @@ def main() -> None:
             bases = options.bases or Path(folder)
             if options.bases is None:
                 train(PretrainTextConfig(), CodeConfig(), seed, keep=bases)
-            run = learn(bases / f"seed{seed}", options.variant, seed)
+            run = learn(bases / f"seed{seed}", options.variant, seed, options.keep)
         print(json.dumps({**run, "all_seconds": round(time.monotonic() - began)}), flush=True)
         stored = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
         others = [old for old in stored if (old["variant"], old["seed"]) != (options.variant, seed)]
         runs = sorted([*others, run], key=lambda run: (run["variant"], run["seed"]))
         last = [r["consolidated"] for r in runs if r["variant"] == "text"]
         result = {**{name: spread([found[name] for found in last]) for name in SPREAD if last}, "runs": runs}
-        options.output.write_text(json.dumps({**result, **environment()}, indent=2) + "\n")
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -204,6 +204,9 @@ class PolicyGradientConfig(Checked):
     """Passes over each batch of segments."""
     clip_coef: Positive = 0.2
     """Clip of the probability ratio."""
+    replay: Natural = 0
+    """Successes that a policy over codes learns from again with every batch, the newest; for rewards so rare that one
+    iteration's learning from them is lost."""
     initial_std: Positive = 1.2
     """Standard deviation of the policy's codes at the start; 1 is the prior's."""
     policy_hidden: Count = 64

@@ -19,6 +19,7 @@ from internalrl.domains.grid import GridBatch, GridConfig, parse_task, sample_la
 from internalrl.errors import InternalRLError
 from internalrl.internal_rl.agents import Agent, Decisions, InternalAgent, RawActionAgent
 from internalrl.internal_rl.objective import advantages, clipped_surrogate
+from internalrl.internal_rl.replay import Replay
 from internalrl.loop import Loop, optimise
 from internalrl.metacontroller.limits import Limits, load_limits
 from internalrl.metacontroller.policy import Policy
@@ -135,7 +136,10 @@ def reinforce(
     share = processes.share(config.batch_size)
     optimizer = torch.optim.Adam(agent.module.parameters(), lr=config.lr)
     iterations = max(1, config.episodes // config.batch_size)  # whole batches: a last one must not pass the budget
-    loop = Loop(run, stage, iterations, {"policy": agent.module}, {"adam": optimizer})
+    modules, replay = {"policy": agent.module}, None
+    if config.replay and isinstance(agent.module, Policy):
+        modules["replay"] = replay = Replay(config.replay, agent.module)
+    loop = Loop(run, stage, iterations, modules, {"adam": optimizer})
     recent: deque[float] = deque(maxlen=RECENT)
     for iteration in loop:
         recent = recent or recent_scores(run, stage, iteration)
@@ -147,14 +151,15 @@ def reinforce(
         except InternalRLError:
             loop.save()
             raise
-        advantage = advantages(outcome.reward, outcome.groups)
+        count, entropy = sum(processes.gather([int(decisions.mask.sum())])), None
+        reward, groups, own = outcome.reward, outcome.groups, list(share)
+        if replay is not None:
+            decisions, reward, groups, own = replay.join(decisions, reward, groups, own, processes)
+        advantage = advantages(reward, groups)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, 2 * (1 - iteration / iterations))
-        count, entropy = sum(processes.gather([int(decisions.mask.sum())])), None
         if advantage.any():  # equal rewards: nothing to learn from
-            entropy = improve(
-                agent, decisions, advantage[share.start : share.stop], count, config, optimizer, processes
-            )
+            entropy = improve(agent, decisions, advantage[own], config, optimizer, processes)
         loop.log(
             episodes=(iteration + 1) * config.batch_size,
             **outcome.metrics,
@@ -175,7 +180,6 @@ def improve(
     agent: Agent,
     decisions: Decisions,
     advantage: Tensor,
-    count: int,
     config: PolicyGradientConfig,
     optimizer: torch.optim.Optimizer,
     processes: Processes,
@@ -183,9 +187,10 @@ def improve(
     """Several passes over one batch, whose ratio is 1 in the first; returns the decisions' entropy, as sampled.
 
     Args:
-        advantage: (N,), of this process's episodes, as `decisions`; count: decisions of all processes.
+        advantage: (N,), of this process's episodes, as `decisions`.
     """
     old: dict[int, Tensor] = {}
+    count = sum(processes.gather([int(decisions.mask.sum())]))
 
     def losses() -> Iterator[Tensor]:
         for rows, part in decisions.parts():
