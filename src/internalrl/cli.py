@@ -78,8 +78,14 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "demo": Subcommand(
         "internalrl.demo:main",
         "internalrl.stages:DemoConfig",
-        "all three stages on the grid world, then the report",
+        "all three stages on the grid world, then the report; `internalrl demo code` is the same on programs",
         check="internalrl.demo:check",
+    ),
+    "demo code": Subcommand(
+        "internalrl.demo_code:main",
+        "internalrl.stages:CodeDemoConfig",
+        "all three stages on programs, then the report",
+        check="internalrl.demo_code:check",
     ),
     "serve": Subcommand(
         "internalrl.serving.serve:main",
@@ -154,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Command:
     """Parse a command line without running it; raises InternalRLError or ValueError with one sentence."""
-    name = argv[0]
+    name = next((words for words in (" ".join(argv[:2]), argv[0]) if words in SUBCOMMANDS), argv[0])
+    given = argv[1:] if name == argv[0] else argv[2:]
     if name not in SUBCOMMANDS:
         close = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(SUBCOMMANDS)}."
@@ -169,8 +176,8 @@ def parse(argv: Sequence[str]) -> Command:
     if subcommand.tool:
         config, options = tyro.MISSING_NONPROP, ToolOptions()
     else:
-        config, seed = _starting_point(name, config_type, argv[1:])
-        options = ReadOptions(seed=seed) if subcommand.reads else RunOptions(seed=seed, run=Path("runs") / name)
+        config, seed = _starting_point(name, config_type, given)
+        options = ReadOptions(seed=seed) if subcommand.reads else RunOptions(seed=seed, run=_default_run(name))
     # One flat set of options from two dataclasses. A config's switches also have a --no- form: a resumed
     # run's stored values are the defaults, and the command line it was started with must still parse.
     flat, plain_switches = tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff
@@ -182,7 +189,7 @@ def parse(argv: Sequence[str]) -> Command:
                 both,
                 prog=f"internalrl {name}",
                 description=subcommand.help,
-                args=argv[1:],
+                args=given,
                 default=(config, options),
                 config=(tyro.conf.CascadeSubcommandArgs,),  # so that --json may stand behind an action
             )
@@ -209,7 +216,7 @@ def _starting_point(name: str, config_type: type, argv: Sequence[str]) -> tuple[
 
     config: Any = from_dict(config_type, {})
     seed = 0
-    run = Path(given.run or Path("runs") / name)
+    run = Path(given.run or _default_run(name))
     if given.resume and (run / "config.json").exists():
         stored = read_run(run)
         config, seed = from_dict(config_type, stored["config"], where=f"{run}/config.json"), stored["seed"]
@@ -222,6 +229,11 @@ def _starting_point(name: str, config_type: type, argv: Sequence[str]) -> tuple[
     if given.config is not None:
         config = from_dict(config_type, load_yaml(given.config), base=config, where=given.config)
     return config, seed
+
+
+def _default_run(name: str) -> Path:
+    """The run folder of a subcommand: runs/demo-code."""
+    return Path("runs") / name.replace(" ", "-")
 
 
 def _run(command: Command) -> dict[str, Any]:

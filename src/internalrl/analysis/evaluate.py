@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PreTrainedModel
 
 from internalrl.analysis.runs import find, open_models, run_task
-from internalrl.base.trajectory import TrajectoryModel
 from internalrl.domains.grid import GridBatch, GridConfig, Layouts, parse_task, sample_layouts
 from internalrl.errors import InternalRLError
 from internalrl.metacontroller.limits import Limits
@@ -123,7 +123,7 @@ def play(
         yield _replay(GridBatch(grid, layouts, goal), result)
 
 
-def bare(base: TrajectoryModel) -> SteeredModel:
+def bare(base: PreTrainedModel) -> SteeredModel:
     """The base model alone, as a steered model whose controller is zero whatever the code."""
     steered = SteeredModel.from_base(base, MetacontrollerConfig())
     nn.init.zeros_(steered.metacontroller.up)

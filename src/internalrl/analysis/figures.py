@@ -24,11 +24,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 INK, MUTED, PALE = "#1f2430", "#667085", "#e7e9ee"
-COLORS = ("#0072B2", "#D98A00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+COLORS = ("#0072B2", "#D98A00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#A89B00", "#6A4C93", "#3F3F3F")
 """Of the subgoals in order, and of the lines of a plot; they repeat."""
 NEITHER = "#a7adb9"
 """What reached no subgoal."""
-_MARKERS, _GLYPHS = "os^DvP", "●■▲◆▼✚"
+_MARKERS, _GLYPHS = "os^DvP*h<", "●■▲◆▼✚★⬢◀"
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (2, 2)), (0, (1, 3)))
 _STROKES = "━╍┅⋯"
 """Lines that lie on each other all show."""
@@ -61,6 +61,8 @@ Range = tuple[float | None, float | None]
 """Bounds of an axis; None fits the data."""
 Key = tuple[str, str, str]
 """An entry of a key: glyph, its colour, what it stands for."""
+Name = Callable[[int], str]
+"""What the subgoal of a number is called."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,14 @@ def curves(
 
 
 def rate_distortion(
-    kl: Sequence[float], nll: Sequence[float], final: tuple[float, float], levels: Sequence[Level]
+    kl: Sequence[float],
+    nll: Sequence[float],
+    final: tuple[float, float],
+    levels: Sequence[Level],
+    episode: str = "episode",
+    action: str = "action",
 ) -> str:
-    """The path of discovery through (KL per episode, NLL per action), and where the finished model stands."""
+    """The path of discovery through (KL per `episode`, NLL per `action`), and where the finished model stands."""
     path, start = COLORS[4], len(kl) > 0
 
     def paint(ax: Axes) -> None:
@@ -137,13 +144,22 @@ def rate_distortion(
         ax.set_xlim(0, max([*x, final[0]]) * 1.05 + 0.1)
         ax.margins(y=0.1)
         _levels(ax, levels)
-        ax.set_xlabel("rate: KL in nats per episode")
+        ax.set_xlabel(f"rate: KL in nats per {episode}")
 
     key = [("○", path, "start"), ("━", path, "during training")] if start else []
-    return _titled("distortion: NLL in nats per action", [*key, ("◆", COLORS[0], "finished")], _draw(paint, height=2.9))
+    title = f"distortion: NLL in nats per {action}"
+    return _titled(title, [*key, ("◆", COLORS[0], "finished")], _draw(paint, height=2.9))
 
 
-def raster(subgoal: NDArray[np.integer], switch: NDArray[np.bool_], length: NDArray[np.integer]) -> str:
+def raster(
+    subgoal: NDArray[np.integer],
+    switch: NDArray[np.bool_],
+    length: NDArray[np.integer],
+    *,
+    title: str,
+    x_label: str,
+    name: Name,
+) -> str:
     """One row per demonstration: bars of the true subgoals, ticks at the metacontroller's switches."""
 
     def paint(ax: Axes) -> None:
@@ -158,14 +174,17 @@ def raster(subgoal: NDArray[np.integer], switch: NDArray[np.bool_], length: NDAr
         ax.set_yticks([])
         ax.grid(visible=False)
         ax.spines["left"].set_visible(False)
-        ax.set_xlabel("step of the episode")
+        ax.set_xlabel(x_label)
 
-    key = [("■", COLORS[k % len(COLORS)] + "80", pair(int(k))) for k in np.unique(subgoal)]
+    kinds = [k for k in map(int, np.unique(subgoal)) if k >= 0]  # negative beyond the end
+    key = [("■", COLORS[k % len(COLORS)] + "80", name(k)) for k in kinds]
     drawn = _draw(paint, width=5.2, height=0.6 + 0.13 * len(length))
-    return _titled("true subgoal (its two colours)", [*key, ("┃", INK, "switch")], drawn)
+    return _titled(title, [*key, ("┃", INK, "switch")], drawn)
 
 
-def code_plane(points: NDArray[np.floating], reached: NDArray[np.integer], limit: float = 3.6) -> str:
+def code_plane(
+    points: NDArray[np.floating], reached: NDArray[np.integer], *, title: str, name: Name, limit: float = 3.6
+) -> str:
     """Codes (M, 2) as dots, coloured by the subgoal `reached` (M,), −1 for none."""
     key: list[Key] = []
 
@@ -178,16 +197,26 @@ def code_plane(points: NDArray[np.floating], reached: NDArray[np.integer], limit
                 continue
             color, shape = COLORS[kind % len(COLORS)], kind % len(_MARKERS)
             ax.plot(*shown, _MARKERS[shape], color=color, ms=4.2, mec="white", mew=0.4)
-            key.append((_GLYPHS[shape], color, pair(kind)))
+            key.append((_GLYPHS[shape], color, name(kind)))
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[0], yticks=[0])
         ax.tick_params(length=0, labelbottom=False, labelleft=False)
         ax.spines[:].set_visible(False)
 
-    return _titled("subgoal reached", key, _draw(paint, width=3.3, height=3.2))
+    return _titled(title, key, _draw(paint, width=3.3, height=3.2))
 
 
-def transitions(rates: NDArray[np.floating]) -> str:
-    """(S, S) rates at which subgoal b follows subgoal a; transitions that the corpus lacks are framed."""
+def matrix(
+    rates: NDArray[np.floating],
+    framed: NDArray[np.bool_] | None = None,
+    *,
+    title: str,
+    x_label: str,
+    name: Name,
+    frame: str = "",
+) -> str:
+    """(S, S) rates of subgoal b, given subgoal a, and what they lack of 1; those that are `framed`, which stands for
+    `frame`, have a frame."""
+    many = len(rates) > 4
 
     def paint(ax: Axes) -> None:
         count = len(rates)
@@ -198,17 +227,19 @@ def transitions(rates: NDArray[np.floating]) -> str:
         ax.set(aspect="equal", ylim=(count - 0.5, -0.5))
         for a, row in enumerate(table):
             for b, rate in enumerate(row):
-                ax.text(b, a, f"{rate:.2f}", ha="center", va="center", color="white" if rate > 0.4 else INK)
-            corner = (a + 1) % count - 0.46, a - 0.46
-            ax.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, ec=COLORS[5], lw=2, zorder=5))
-        ax.set_xticks(range(count + 1), [*map(pair, range(count)), "other"])
-        ax.set_yticks(range(count), list(map(pair, range(count))))
+                shade = "white" if rate > 0.4 else INK
+                ax.text(b, a, f"{rate:.2f}", ha="center", va="center", color=shade, size=7 if many else 9)
+        for a, b in np.argwhere(framed) if framed is not None else ():
+            ax.add_patch(Rectangle((b - 0.46, a - 0.46), 0.92, 0.92, fill=False, ec=COLORS[5], lw=2, zorder=5))
+        ax.set_xticks(range(count + 1), [*map(name, range(count)), "other"], rotation=40 if many else 0)
+        ax.set_yticks(range(count), list(map(name, range(count))))
         ax.grid(visible=False)
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
-        ax.set_xlabel("next subgoal")
+        ax.set_xlabel(x_label)
 
-    return _titled("subgoal just completed", [("□", COLORS[5], "never demonstrated")], _draw(paint, height=3.1))
+    size = (5.2, 4.4) if many else (3.5, 3.1)
+    return _titled(title, [("□", COLORS[5], frame)] if frame else [], _draw(paint, *size))
 
 
 def probe_bars(accuracy: Mapping[int, float], chance: float, bayes: float, tap: int | None) -> str:

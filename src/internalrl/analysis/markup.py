@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from internalrl.analysis import figures
 from internalrl.analysis.figures import Level, Line
+
+Headline = tuple[str, str, str, Callable[[Any], str]]
+"""Name in the summary, what to call it, what it means (the time is told by stage), how to write it."""
+
+
+def headline(items: Iterable[Headline], values: Mapping[str, Any], seconds: Any) -> str:
+    """The figures of a summary, as far as they are there; `values` by name, and the seconds of each stage."""
+    stages = seconds.items() if isinstance(seconds, Mapping) else ()
+    spent = ", ".join(f"{stage} {duration(value)}" for stage, value in stages if stage != "total")
+    shown = []
+    for name, label, text, form in items:
+        value = values.get(name)
+        written = "not measured" if value is None else form(value)
+        missing = ' class="missing"' if value is None else ""
+        text = text or spent or "for all stages"
+        shown.append(f'<div{missing}><dd class="value">{written}</dd><dt>{label}</dt><dd>{escape(text)}</dd></div>')
+    return f'<dl class="headline">{"".join(shown)}</dl>'
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.{1 if 0 < value < 0.1 else 0}f} %"
+
+
+def decimals(count: int) -> Callable[[float], str]:
+    """Numbers with `count` of them."""
+    return f"{{:.{count}f}}".format
 
 
 def curves(

@@ -2,38 +2,130 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from html import escape
+from typing import Any, ClassVar
 
 from internalrl.analysis.evaluate import Episodes, play
-from internalrl.analysis.figures import Line
-from internalrl.analysis.measure import References, references
+from internalrl.analysis.figures import Line, pair
+from internalrl.analysis.measure import Coding, References, coding, references, shown_demonstrations
 from internalrl.analysis.runs import Models, find, run_task
+from internalrl.base.batches import to_batch
+from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
 from internalrl.stages import EvaluateConfig
 
 
 @dataclass(frozen=True)
-class Material:
-    """All that sections are made of; what several of them need is measured once."""
+class Words:
+    """What a domain calls things; those that are counted get an s."""
+
+    episode: str
+    action: str
+    step: str
+    subgoal: str
+    demonstrations: str
+    truth: str
+    raw: str
+
+
+@dataclass(frozen=True)
+class Material(ABC):
+    """All that sections are made of, whatever the domain; what several of them need is measured once."""
 
     run: RunFolder
     stored: Mapping[str, Any]
     summary: Mapping[str, Any]
-    models: Models
     episodes: int
+
+    words: ClassVar[Words]
+    lead: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def steered(self) -> SteeredModel | None:
+        """The run's steered model; None before there is an adapter."""
+
+    @property
+    @abstractmethod
+    def references(self) -> References:
+        """The base held against what can be known."""
+
+    @property
+    @abstractmethod
+    def coding(self) -> Coding:
+        """What switches and codes make of demonstrations."""
+
+    @property
+    @abstractmethod
+    def task(self) -> str:
+        """What stage 3 is about, as HTML."""
+
+    @abstractmethod
+    def name(self, subgoal: int) -> str:
+        """What a subgoal is called."""
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """All logged lines."""
         return self.run.metrics()
 
+    def setting(self, name: str) -> Any:
+        """A setting of the run by its name; None where it has none."""
+        return find(self.stored["config"], name)
+
+    def line(self, stage: str, name: str, label: str = "", x: str = "step", dots: bool = False) -> Line | None:
+        """The curve of one logged value; None when the stage never logged it."""
+        lines = [m for m in self.metrics if m["stage"] == stage and m.get(name) is not None and x in m]
+        return Line(label or name, [m[x] for m in lines], [m[name] for m in lines], dots) if lines else None
+
+
+@dataclass(frozen=True)
+class GridMaterial(Material):
+    """Of a run on the grid world."""
+
+    models: Models
+
+    words = Words(
+        episode="episode",
+        action="action",
+        step="step",
+        subgoal="subgoal",
+        demonstrations="demonstrations",
+        truth="the expert's hidden subgoals",
+        raw="raw actions",
+    )
+    lead = (
+        "A sequence model learned to imitate an expert whose goals it was never told. What it worked out about them "
+        "became actions of a higher order, and reinforcement learning was done on those."
+    )
+
+    @property
+    def steered(self) -> SteeredModel | None:
+        return self.models.steered
+
     @cached_property
     def references(self) -> References:
-        """The base held against what can be known."""
         return references(self.models.base, self.models.grid, self.episodes, self.run.seed)
+
+    @cached_property
+    def coding(self) -> Coding:
+        assert self.steered is not None
+        demonstrations = shown_demonstrations(self.models.grid, self.episodes, self.run.seed)
+        return coding(self.steered, to_batch(self.models.grid, demonstrations))
+
+    @property
+    def task(self) -> str:
+        return (
+            f"The task is to visit the colours {escape(run_task(self.run, self.models.grid))} in this order, with one "
+            "reward at the very end."
+        )
+
+    def name(self, subgoal: int) -> str:
+        return pair(subgoal)
 
     @cached_property
     def played(self) -> Episodes | None:
@@ -45,12 +137,3 @@ class Material:
         temperature = self.setting("temperature") or 0.0
         task, limits = run_task(self.run, grid), self.models.limits
         return next(play(steered, grid, task, config, temperature, self.run.seed, limits))
-
-    def setting(self, name: str) -> Any:
-        """A setting of the run by its name; None where it has none."""
-        return find(self.stored["config"], name)
-
-    def line(self, stage: str, name: str, label: str = "", x: str = "step", dots: bool = False) -> Line | None:
-        """The curve of one logged value; None when the stage never logged it."""
-        lines = [m for m in self.metrics if m["stage"] == stage and m.get(name) is not None and x in m]
-        return Line(label or name, [m[x] for m in lines], [m[name] for m in lines], dots) if lines else None

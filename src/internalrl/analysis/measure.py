@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from internalrl.analysis.evaluate import Episodes
-from internalrl.base.batches import split, to_batch
+from internalrl.base.batches import Batch, split, to_batch
 from internalrl.base.trajectory import TrajectoryModel
 from internalrl.discovery.evaluate import free_play
 from internalrl.discovery.objective import Episodes as Demonstrated
@@ -27,8 +27,8 @@ NO_SUBGOAL = -1
 
 @dataclass(frozen=True)
 class References:
-    """Action NLL on fresh demonstrations, in nats per action: of the base alone, of the exact Bayes filter, and of
-    the expert's own distribution, its goal known."""
+    """Action NLL on fresh demonstrations, in nats per action: of the base alone, of the best that can be known from the
+    past (the exact Bayes filter, or the corpus's own probabilities), and with the goal known."""
 
     base: float
     bayes: float
@@ -61,7 +61,7 @@ class Codes:
 @torch.no_grad()
 def references(base: TrajectoryModel, grid: GridConfig, episodes: int, seed: int) -> References:
     """Measure the base against what can be known at all; the same demonstrations as in `coding`."""
-    demonstrations = _demonstrations(grid, episodes, seed)
+    demonstrations = shown_demonstrations(grid, episodes, seed)
     parts = list(split(to_batch(grid, demonstrations), 128))
     nll = [action_nll(base(part.observations).logits, part.actions, part.mask).item() for part in parts]
     return References(
@@ -72,23 +72,24 @@ def references(base: TrajectoryModel, grid: GridConfig, episodes: int, seed: int
 
 
 @torch.no_grad()
-def coding(steered: SteeredModel, grid: GridConfig, episodes: int, seed: int, shown: int = 20) -> Coding:
-    """Let the metacontroller cut demonstrations into segments and code them."""
-    batch = to_batch(grid, _demonstrations(grid, episodes, seed))
+def coding(steered: SteeredModel, batch: Batch, shown: int = 20) -> Coding:
+    """Let the metacontroller cut demonstrations into segments and code them; of texts the prompt is left out, which is
+    of one length."""
     nll, kl, switches = 0.0, 0.0, []
     for part in split(batch, 128):
         demonstrated = Demonstrated.of(steered, part)
         segments, proposals = steered.metacontroller.parse(demonstrated.residual, demonstrated.slow, part.mask)
         rate = proposals.kl() * segments.switch
-        logits = steered(demonstrated.residual, segments.code)
+        logits = steered(demonstrated.residual, segments.code, demonstrated.where)
         nll += action_nll(logits, part.actions, part.mask).item() * int(part.mask.sum())
         kl += float(rate[part.mask].sum())
         switches.append(segments.switch > 0.5)
-    switch = torch.cat(switches)[:shown] & batch.mask[:shown]
+    begin = int(batch.mask[0].int().argmax())
+    subgoal, mask, switch = (x[:shown, begin:] for x in (batch.subgoal, batch.mask, torch.cat(switches)))
     return Coding(
-        batch.subgoal[:shown].numpy(),
-        switch.numpy(),
-        batch.mask[:shown].sum(1).numpy(),
+        subgoal.numpy(),
+        (switch & mask).numpy(),
+        mask.sum(1).numpy(),
         nll / int(batch.mask.sum()),
         kl / len(batch),
     )
@@ -145,5 +146,6 @@ def _segments(entered: NDArray[np.integer], switch: NDArray[np.bool_], code: NDA
     return Codes(np.array(found, np.float32).reshape(-1, code.shape[-1]), np.array(reached, np.int64))
 
 
-def _demonstrations(grid: GridConfig, episodes: int, seed: int) -> Demonstrations:
+def shown_demonstrations(grid: GridConfig, episodes: int, seed: int) -> Demonstrations:
+    """Those of the report."""
     return demonstrate(grid, episodes, pretraining_tasks(grid), Stream.REPORT.numpy(seed))

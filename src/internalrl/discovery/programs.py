@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from internalrl.base.text_data import context_length
 from internalrl.discovery.objective import Episodes
-from internalrl.domains.code import PROMPT, CodeConfig, parse
+from internalrl.domains.code import PROMPT, CodeConfig, Reading, parse
 from internalrl.domains.code_tasks import hidden_inputs
 from internalrl.domains.code_tokenizer import boundaries
 from internalrl.domains.sandbox import Sandbox
@@ -49,11 +50,9 @@ class CodeDomain:
         return {**self.forced(steered, material), **self.random(steered, material)}
 
     @torch.no_grad()
-    def forced(self, steered: SteeredModel, material: TextMaterial) -> dict[str, float]:
-        """Codes of held-out programs, one after the other in a new order: are their idioms written in that order?
-
-        A program is judged up to its first mistake; a switch that is missed or comes too early is one.
-        """
+    def obey(self, steered: SteeredModel, material: TextMaterial) -> tuple[NDArray[np.int64], list[Reading]]:
+        """Codes of held-out programs, one after the other in a new order: the idioms (N, CHAIN) that they stand for,
+        and the N programs that get written."""
         codes, end = self._codes(steered, material)
         rng, count = Stream.FREE_PLAY.numpy(material.seed), len(self.config.idioms)
         chains = rng.integers(count, size=(MEASURED, CHAIN))
@@ -63,11 +62,17 @@ class CodeDomain:
                 for chain in chains.tolist()
             ]
         )
-        written = self._write(steered, chosen)
+        return chains, [parse(self.config, text) for text in self._write(steered, chosen)]
+
+    def forced(self, steered: SteeredModel, material: TextMaterial) -> dict[str, float]:
+        """Are the idioms that codes stand for written, in their order?
+
+        A program is judged up to its first mistake; a switch that is missed or comes too early is one.
+        """
+        chains, written = self.obey(steered, material)
         passed, asked = np.zeros(2), np.zeros(2)
         first = whole = 0
-        for chain, text in zip(chains.tolist(), written, strict=True):
-            reading = parse(self.config, text)
+        for chain, reading in zip(chains.tolist(), written, strict=True):
             for position, idiom in enumerate(chain):
                 good = reading.idioms[position : position + 1] == (idiom,)
                 if position:

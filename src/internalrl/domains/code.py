@@ -110,6 +110,11 @@ class Programs:
         return [PROMPT + completion for completion in self.completions]
 
     @property
+    def rows(self) -> list[dict[str, str]]:
+        """N rows of a dataset: `prompt` and `completion`."""
+        return [{"prompt": PROMPT, "completion": completion} for completion in self.completions]
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """(N,): number of idioms."""
         return (self.idioms >= 0).sum(1)
@@ -191,13 +196,18 @@ def log_prob(config: CodeConfig, program: str) -> float:
         return -math.inf
     if config.unseen[list(chain[:-1]), list(chain[1:])].any():
         return -math.inf
-    count = len(config.idioms)
-    total = -math.log(config.max_idioms - config.min_idioms + 1) - math.log(count)
-    total -= (len(chain) - 1) * math.log(count - _first_allowed(count))
+    total = chain_log_prob(config, len(chain))
     for idiom, form in zip(chain, reading.forms, strict=True):
         forms = variants(config.idioms[idiom])
         total -= math.log(len(forms) * len(forms[form]))
     return total
+
+
+def chain_log_prob(config: CodeConfig, length: int) -> float:
+    """Log-probability in nats of a program's idioms, `length` of them, which the corpus shows, in whatever form."""
+    count = len(config.idioms)
+    lengths = math.log(config.max_idioms - config.min_idioms + 1)
+    return -lengths - math.log(count) - (length - 1) * math.log(count - _first_allowed(count))
 
 
 # -------------------------------------------------------------------------------------------------------- reading
@@ -259,8 +269,8 @@ def write_jsonl(path: str | Path, config: CodeConfig, count: int, rng: np.random
     partial = path.with_name(f".partial-{path.name}")
     try:
         with open(partial, "w", encoding="utf-8") as file:
-            for completion in sample_programs(config, count, rng).completions:
-                file.write(json.dumps({"prompt": PROMPT, "completion": completion}) + "\n")
+            for row in sample_programs(config, count, rng).rows:
+                file.write(json.dumps(row) + "\n")
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)

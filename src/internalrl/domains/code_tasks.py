@@ -11,7 +11,7 @@ import atexit
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -70,7 +70,7 @@ def solved_by(chain: tuple[str, ...]) -> CodeTask:
     for name in chain:
         if name not in _FUNCTIONS:
             raise InternalRLError(f"There is no idiom {name!r}; choose among {', '.join(_FUNCTIONS)}.")
-        state = _apply(name, state)
+        state = apply_idiom(name, state)
     return CodeTask(chain, inputs, state)
 
 
@@ -115,6 +115,23 @@ def passes_tests(completions: Sequence[str], chain: Sequence[Sequence[str]], **_
     return rewards
 
 
+def task_rewards(task: CodeTask, sandbox: Sandbox) -> list[Callable[[list[str]], list[float]]]:
+    """Two reward functions, which run a batch once between them: `success`, 1.0 for completions that pass all tests of
+    the task, and `runs`, 1.0 for those that parse and run, which is for the log."""
+
+    @lru_cache(maxsize=1)
+    def judge(completions: tuple[str, ...]) -> tuple[list[Outcome], list[bool]]:
+        return evaluate(completions, task, sandbox)
+
+    def success(completions: list[str]) -> list[float]:
+        return [float(passed) for passed in judge(tuple(completions))[1]]
+
+    def runs(completions: list[str]) -> list[float]:
+        return [float(outcome.status == "ran") for outcome in judge(tuple(completions))[0]]
+
+    return [success, runs]
+
+
 @cache
 def _shared_sandbox() -> Sandbox:
     """One for the whole process, closed when it ends."""
@@ -136,7 +153,7 @@ def _compile(idiom: str) -> Callable[[list[int]], list[int]]:
 _FUNCTIONS = {idiom: _compile(idiom) for idiom in LARGE}
 
 
-def _apply(idiom: str, state: State) -> State:
+def apply_idiom(idiom: str, state: State) -> State:
     """One more idiom, on every input."""
     function = _FUNCTIONS[idiom]
     return tuple(tuple(function(list(values))) for values in state)
@@ -162,7 +179,7 @@ def fewest_unseen(config: CodeConfig, task: CodeTask, tests: int | None = None) 
                 name = config.idioms[number]
                 if length == longest and _FUNCTIONS[name](list(state[0])) != list(target[0]):
                     continue  # saves the other tests
-                after = _apply(name, state)
+                after = apply_idiom(name, state)
                 if after == target:
                     best = int(appended[number])
                 ending = following.setdefault(after, np.full(len(unseen), longest))

@@ -30,7 +30,7 @@ from internalrl.metacontroller.rollout import BatchEnvironment, Rollout, RowChan
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.processes import Processes
 from internalrl.runlog import RunFolder
-from internalrl.stages import InternalRLConfig, ReinforceConfig
+from internalrl.stages import CompletionConfig
 from internalrl.streams import Stream
 
 
@@ -52,7 +52,7 @@ class Writing:
         tokenizer: PreTrainedTokenizerBase,
         rewards: Rewards,
         dataset: Rows | str | Any,
-        config: InternalRLConfig | ReinforceConfig,
+        config: CompletionConfig,
         processes: Processes,
     ):
         self.steered, self.tokenizer, self.rewards, self.config = steered, tokenizer, rewards, config
@@ -75,7 +75,7 @@ class Writing:
         ends = base.generation_config.eos_token_id if base.generation_config else None
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
-    def reinforce(self, agent: Agent, run: RunFolder) -> dict[str, Any]:
+    def reinforce(self, agent: Agent, run: RunFolder, stage: str = "reinforce") -> dict[str, Any]:
         """Let `agent` learn; see `train.reinforce`."""
         n_z = self.steered.metacontroller.config.n_z
 
@@ -91,7 +91,7 @@ class Writing:
             return Completions(prompts, self.ends, self.config.max_completion_length, own)
 
         return reinforce(
-            agent, environment, self.config, run, judge=self.judge, chance=chance, processes=self.processes
+            agent, environment, self.config, run, stage, self.judge, chance, self.processes
         )
 
     def numbers(self, seed: int, iteration: int) -> NDArray[np.int64]:
