@@ -32,7 +32,7 @@ from internalrl.runlog import environment, read_metrics
 from internalrl.stages import InternalRLConfig
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "internal": {"lr": 2e-3, "epochs": 8, "clip_coef": 1.0, "initial_std": 1.3, "temperature": 0.3},
+    "internal": {"lr": 2e-3, "epochs": 8, "clip_coef": 1.0, "initial_std": 1.3, "replay": 64, "temperature": 0.3},
     "raw-action": {"lr": 3e-5, "epochs": 1, "clip_coef": 0.2, "temperature": 1.0},
 }
 RECENT = 5

@@ -10,6 +10,7 @@ schema     requests that are generated from the server's OpenAPI description.
 promotion  a second version is promoted and rolled back while 16 clients ask for the adapter.
 kill       the server is killed (SIGKILL) in mid load; every answer that arrived is looked up in the audit.
 audit      tokens/s with and without the audit, in turn.
+segments   processor time that the audit spends on a segment, from the engine to the database.
 
 Exits with 1 where a part does not pass.
 """
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from internalrl.runlog import environment
 from internalrl.serving.audit import Audit
 from internalrl.serving.audit_store import Query
 from internalrl.serving.registry import Registry
+from internalrl.serving.requests import Request, SegmentRecord
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.generated import send_generated
@@ -248,6 +251,21 @@ async def _audited(models: Path, sizes: dict[str, int], repeats: int) -> dict[st
     }
 
 
+def segments(folder: Path, repeats: int, answers: int = 500, each: int = 28) -> dict[str, Any]:
+    """Microseconds per segment of answers that have so many segments each."""
+    record = SegmentRecord(0, 0, 2, tuple(np.random.default_rng(0).normal(size=8)), 0.3, -2.5, "ab")
+    costs = []
+    for repeat in range(repeats):
+        log, began = Audit(folder / str(repeat)), time.process_time()
+        for request in [Request((1,), "code@1") for _ in range(answers)]:
+            for index in range(each):
+                log.segment(request, replace(record, index=index))
+            log.wait(request.id)
+        log.close()
+        costs.append(1e6 * (time.process_time() - began) / (answers * each))
+    return {"repeats": repeats, "segments": answers * each, "microseconds_per_segment": spread(costs), "passed": True}
+
+
 async def _segments(client: httpx2.AsyncClient) -> int:
     """How many segments a server has recorded."""
     text = (await client.get("/metrics")).text
@@ -262,7 +280,7 @@ def _interval(values: NDArray[np.float64]) -> list[float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    names = ("load", "schema", "promotion", "kill", "audit")
+    names = ("load", "schema", "promotion", "kill", "audit", "segments")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(names)}; by default all")
     parser.add_argument("--minutes", type=float, default=10, help="of the part `load`")
     parser.add_argument("--requests", type=int, default=1000, help="of the part `schema`")
@@ -279,6 +297,7 @@ def main() -> int:
         "promotion": lambda folder: asyncio.run(promotion(folder, args.repeats)),
         "kill": lambda folder: asyncio.run(kill(folder, args.kills)),
         "audit": lambda folder: asyncio.run(audit(folder, args.repeats)),
+        "segments": lambda folder: segments(folder, args.repeats),
     }
     passed = True
     for name in args.parts or names:

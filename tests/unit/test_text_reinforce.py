@@ -249,14 +249,14 @@ def test_what_was_learned_is_in_the_adapter(tmp_path: Path) -> None:
         SteeredModel.from_pretrained(language_model(seed=1), tmp_path / "run" / "adapter")
 
 
-@pytest.mark.parametrize("agent", ["internal", "raw-action"])
-def test_a_failing_reward_loses_nothing(agent: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("agent", "replay"), [("internal", 0), ("internal", 8), ("raw-action", 0)])
+def test_a_failing_reward_loses_nothing(agent: str, replay: int, tmp_path: Path) -> None:
     """The run goes on where it failed, and ends as one that never did."""
 
     def model() -> Any:
         return steered_language_model() if agent == "internal" else language_model()
 
-    settings = {"agent": agent, "temperature": 0.7, "episodes": 5 * 16}
+    settings = {"agent": agent, "replay": replay, "temperature": 0.7, "episodes": 5 * 16}
     make_trainer(model(), tmp_path / "whole", **settings).train()
     calls = []
 
