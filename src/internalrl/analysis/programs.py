@@ -137,9 +137,10 @@ class ProgramMaterial(Material):
 
     @cached_property
     def bare(self) -> list[Program]:
-        """Programs of the base alone."""
+        """Programs of the base alone, whose pieces are their idioms."""
         alone = bare(self.models.base)
-        return self._write(alone, prior(alone.metacontroller.config.n_z, self._generator(0)), 0, temperature=1.0)
+        propose = prior(alone.metacontroller.config.n_z, self._generator(0))
+        return [in_idioms(self.models.code, program) for program in self._write(alone, propose, 0, temperature=1.0)]
 
     @cached_property
     def random(self) -> list[Program]:
@@ -187,7 +188,8 @@ def write(
         parts = [
             (domain.text(played.actions[row, a:b].tolist()), played.code[row, a].numpy()) for a, b in pairwise(cuts)
         ]
-        found.append([Piece(text, idiom_of(models.code, text), code) for text, code in parts if text])
+        real = [(text, code) for text, code in parts if text] or parts[:1]  # the end of text alone is no text
+        found.append([Piece(text, idiom_of(models.code, text), code) for text, code in real])
     completions = ["".join(piece.text for piece in pieces) for pieces in found]
     with Sandbox() as sandbox:
         outcomes, passed = evaluate(completions, models.task, sandbox)
@@ -198,6 +200,14 @@ def write(
         Program(tuple(pieces), parse(models.code, PROMPT + text).idioms, status)
         for pieces, text, status in zip(found, completions, said, strict=True)
     ]
+
+
+def in_idioms(code: CodeConfig, program: Program) -> Program:
+    """The program cut where its idioms end, whatever the codes that it was written under."""
+    text, held = PROMPT + "".join(piece.text for piece in program.pieces), program.pieces[0].code
+    cuts = [len(PROMPT), *parse(code, text).ends, len(text)]
+    parts = [text[a:b] for a, b in pairwise(cuts) if a < b]
+    return replace(program, pieces=tuple(Piece(part, idiom_of(code, part), held) for part in parts))
 
 
 def idiom_of(code: CodeConfig, text: str) -> int:

@@ -147,41 +147,43 @@ def reinforcement(m: Material) -> str:
     names = {stage: AGENTS.get(stage, stage).format(raw=w.raw) for stage in ordered}
     if m.setting("agent") == "raw-action":
         names["reinforce"] = w.raw
-    share: dict[str, Any] = {"percent": True, "y_range": (-0.02, 1.02), "wide": True}
-    own = (
-        (
-            "length",
-            "steps per episode",
-            "Steps of an episode, which ends at success, at a wrong colour, or at the horizon.",
-        ),
-        ("completions/mean_length", "tokens per program", "How long programs are."),
-        ("decisions", f"decisions per {w.episode}", f"How many codes the policy chooses in {_a(w.episode)}."),
-        (
-            "reward_std",
-            "standard deviation of the reward",
-            f"At zero all {w.episode}s of a batch end alike, and there is nothing to learn from.",
-        ),
-    )
+    episodes = f"{w.episode}s"
+
+    def shares(name: str, label: str, caption: str) -> str:
+        lines = [m.line(stage, name, names[stage], x="episodes") for stage in ordered]
+        return curves(lines, episodes, label, caption, percent=True, y_range=(-0.02, 1.02), wide=True)
+
+    def own(name: str, label: str, caption: str) -> str:
+        return curves([m.line("reinforce", name, x="episodes")], episodes, label, caption, y_range=(0, None))
+
     return gallery(
         f"{m.task} Internal RL chooses a code at each switch and leaves the rest to the frozen model.",
         [
-            curves(
-                [m.line(stage, "success", names[stage], x="episodes") for stage in ordered],
-                f"{w.episode}s",
+            shares(
+                "success",
                 "success",
                 f"Share of an iteration's {w.episode}s that solved the whole task; nothing less is rewarded.",
-                **share,
             ),
-            curves(
-                [m.line(stage, "rewards/runs/mean", names[stage], x="episodes") for stage in ordered],
-                f"{w.episode}s",
+            own(
+                "length",
+                "steps per episode",
+                "Steps of an episode, which ends at success, at a wrong colour, or at the horizon.",
+            ),
+            own("completions/mean_length", "tokens per program", "How long programs are, their end included."),
+            shares(
+                "rewards/runs/mean",
                 "programs that run",
                 "Share of an iteration's programs that parse and run, whatever they compute.",
-                **share,
             ),
-            *(
-                curves([m.line("reinforce", name, x="episodes")], f"{w.episode}s", label, caption, y_range=(0, None))
-                for name, label, caption in own
+            own(
+                "decisions",
+                f"decisions per {w.episode}",
+                f"How many codes the policy chooses in {_a(w.episode)}.",
+            ),
+            own(
+                "reward_std",
+                "standard deviation of the reward",
+                f"At zero all {w.episode}s of a batch end alike, and there is nothing to learn from.",
             ),
         ],
     )

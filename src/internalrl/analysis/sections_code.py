@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
 
+import numpy as np
+from numpy.typing import NDArray
+
 from internalrl.analysis import figures, sections
 from internalrl.analysis.figures import COLORS, NEITHER, Level, key_of
 from internalrl.analysis.markup import Headline, curves, decimals, duration, figure, gallery, percent
-from internalrl.analysis.measure import plane
+from internalrl.analysis.measure import Codes, plane
 from internalrl.analysis.programs import Program, ProgramMaterial, following, obedience, segments
 from internalrl.domains.code import PROMPT
 from internalrl.domains.code_idioms import INDENT
 
-SHOWN = 6
+SHOWN = 4
 """Programs of each kind that are printed."""
 
 
@@ -54,11 +57,8 @@ def codes(m: ProgramMaterial) -> str:
     """Which idiom a code writes: codes of known idioms, random ones, and the policy's."""
     if m.steered is None:
         return ""
-    axes, dots, code = plane(segments(m.random)), sections.DOTS, m.models.code
-    planes = [(m.random, "Random codes, coloured by the idiom that was written under them; the plane is the one in "
-               "which idioms separate best. Crosses are segments that are not one whole idiom.")]  # fmt: skip
-    if m.trained:
-        planes.append((m.trained, "The same plane with the codes that the trained policy chooses."))
+    random = segments(m.random)
+    axes = plane(random)
     shown = [
         figure(
             figures.matrix(
@@ -67,14 +67,16 @@ def codes(m: ProgramMaterial) -> str:
                 x_label="idiom written",
                 name=m.name,
             ),
-            "What each code writes: codes are taken from held-out programs and given in a new order, most of whose "
+            "What each code writes: codes are taken from held-out programs and given in a new order, half of whose "
             "transitions the corpus never shows. Ideally all is on the diagonal.",
             wide=True,
         ),
+        _plane(m, random, axes, "Random codes, coloured by the idiom that was written under them; the plane is the one "
+               "in which idioms separate best. Crosses are segments that are not one whole idiom."),
         figure(
             figures.matrix(
-                following(code, m.random),
-                code.unseen,
+                following(m.models.code, m.random),
+                m.models.code.unseen,
                 title="idiom just written",
                 x_label="next idiom",
                 name=m.name,
@@ -84,33 +86,30 @@ def codes(m: ProgramMaterial) -> str:
             "the same; ending the program counts as other.",
             wide=True,
         ),
-        *(
-            figure(
-                figures.code_plane(found.code[:dots] @ axes, found.reached[:dots], title="idiom written", name=m.name),
-                caption,
-            )
-            for found, caption in ((segments(programs), caption) for programs, caption in planes)
-        ),
-    ]
+    ]  # fmt: skip
+    if m.trained:
+        chosen = "The same plane with the codes that the trained policy chooses."
+        shown.append(_plane(m, segments(m.trained), axes, chosen))
     return gallery("Without task or reward, codes show what each of them makes the model write.", shown)
+
+
+def _plane(m: ProgramMaterial, found: Codes, axes: NDArray[np.float32], caption: str) -> str:
+    code, idiom = found.code[: sections.DOTS], found.reached[: sections.DOTS]
+    return figure(figures.code_plane(code @ axes, idiom, title="idiom written", name=m.name), caption)
 
 
 def programs(m: ProgramMaterial) -> str:
     """What is written before and after, by segment."""
     kinds = [
         ("The bare model", m.bare, "Before: the base alone, its tokens sampled at temperature 1."),
-        (
-            "Random codes",
-            m.random,
-            "Before: a code from N(0, I) at every switch; tokens at the temperature of stage 3.",
-        ),
+        ("Random codes", m.random, "Before: codes from N(0, I), and tokens at the temperature of internal RL."),
         ("The trained policy", m.trained, "After: the policy chooses the codes; the base is the same."),
     ]
     kinds = [kind for kind in kinds if kind[1]]
     key = [("■", COLORS[k % len(COLORS)], m.name(k)) for k in range(len(m.models.code.idioms) + 1)]
     return (
         "<p>A segment is what was written under one code, and has the colour of its idiom; it is grey if it is not one "
-        "idiom. Of the bare model, which has no codes, all is one segment.</p>"
+        "idiom. The bare model has no codes, and is cut where idioms end.</p>"
         + _shares(m, kinds)
         + key_of([*key, ("■", NEITHER, "other")])
         + "".join(
@@ -155,7 +154,7 @@ def _segments(m: ProgramMaterial, program: Program) -> str:
         color = COLORS[piece.idiom % len(COLORS)] if piece.idiom >= 0 else NEITHER
         name = m.name(piece.idiom) if piece.idiom >= 0 else "other"
         text = escape(text.removesuffix(left) if left else text)
-        drawn.append(f'<span style="background:{color}2e" title="{name}">{text}</span>')
+        drawn.append(f'<span style="background:{color}38" title="{name}">{text}</span>')
     return "".join(drawn)
 
 
