@@ -54,7 +54,7 @@ class Replay(nn.Module):
         """
         groups = torch.zeros(len(reward), dtype=torch.long) if groups is None else groups
         used, longest = self.mask.any(1), int(self.mask.sum(1).max())
-        earlier = Decisions(*(kept[used, :longest] for kept in (self.seen, self.chosen, self.mask)))
+        earlier = Decisions(self.seen[used, :longest], self.chosen[used, :longest], self.mask[used, :longest])
         both = torch.cat([reward, self.reward[used]]), torch.cat([groups, self.groups[used]])
         self._keep(decisions, reward[own], groups[own], processes)
         if not processes.first or not used.any():
