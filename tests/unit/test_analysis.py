@@ -165,9 +165,9 @@ def test_probe_accuracy_and_its_limits() -> None:
 def test_measurements_agree_with_those_of_the_stages() -> None:
     base = small_base()
     steered = small_steered(base)
-    batch = to_batch(SMALL, measure._demonstrations(SMALL, 40, seed=2))
+    batch = to_batch(SMALL, measure.shown_demonstrations(SMALL, 40, seed=2))
     expected = alignment(steered, batch)
-    found = coding(steered, SMALL, 40, seed=2, shown=5)
+    found = coding(steered, batch, shown=5)
     assert found.nll == pytest.approx(expected["hard_nll"], rel=1e-5)
     assert found.kl > 0
     assert found.switch.shape[0] == len(found.length) == 5
