@@ -23,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy and torch are imported
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from internalrl.config import PRESETS
 from internalrl.domains.code import PROMPT, CodeConfig
 from internalrl.domains.code_tasks import evaluate, tasks
 from internalrl.domains.sandbox import Sandbox
@@ -32,7 +33,7 @@ from internalrl.runlog import environment, read_metrics
 from internalrl.stages import InternalRLConfig
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "internal": {"lr": 2e-3, "epochs": 8, "clip_coef": 1.0, "initial_std": 1.3, "replay": 64, "temperature": 0.3},
+    "internal": PRESETS["text"]["reinforce"],
     "raw-action": {"lr": 3e-5, "epochs": 1, "clip_coef": 0.2, "temperature": 1.0},
 }
 RECENT = 5
