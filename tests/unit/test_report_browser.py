@@ -10,9 +10,10 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from internalrl.analysis import report
+from internalrl.analysis import programs, report
 from internalrl.stages import ReportConfig
 from tests.finished import finished_run
+from tests.programs import finished_code_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
@@ -30,6 +31,15 @@ document.querySelectorAll(".episode button")[1].click();
 def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = finished_run(tmp_path_factory.mktemp("runs") / "run")
     report.main(ReportConfig(episodes=32), run)
+    return run.path / "report.html"
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = finished_code_run(tmp_path_factory.mktemp("runs") / "code")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "LONGEST", 60)
+        report.main(ReportConfig(episodes=8), run)
     return run.path / "report.html"
 
 
@@ -54,10 +64,20 @@ def test_script_runs_and_episodes_play(html: Path) -> None:
     assert dom.count('class="now"') == 2
 
 
+def test_a_report_without_episodes_has_no_error(code: Path) -> None:
+    dom = browse(code, "--dump-dom")
+    root = re.search(r"<html[^>]*>", dom)
+    assert root
+    assert 'data-ready="0"' in root[0]
+    assert "data-error" not in root[0]
+    assert dom.count("<pre>") == 12
+
+
+@pytest.mark.parametrize("kind", ["html", "code"])
 @pytest.mark.parametrize("width", [500, 1280])
-def test_report_is_not_blank(html: Path, tmp_path: Path, width: int) -> None:
+def test_report_is_not_blank(kind: str, tmp_path: Path, width: int, request: pytest.FixtureRequest) -> None:
     picture = tmp_path / "page.png"
-    browse(html, f"--window-size={width},900", f"--screenshot={picture}")
+    browse(request.getfixturevalue(kind), f"--window-size={width},900", f"--screenshot={picture}")
     pixels = matplotlib.image.imread(picture)[..., :3]
     assert pixels.shape[1] == width
     white = (pixels > 0.99).all(-1).mean()
