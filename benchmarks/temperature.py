@@ -141,22 +141,26 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """New compositions against validity: a line for the bare base's tokens, and one for each token temperature."""
     style = {"svg.fonttype": "none", "svg.hashsalt": "internalrl", "font.size": 9, "font.family": "DejaVu Sans"}
-    lines = {"tokens of the bare base": ("#D55E00", "s", [row for row in rows if row["sampled"] == "tokens"])}
-    for temperature, color, marker in zip(UNDER_CODES, ("#0072B2", "#009E73", "#CC79A7"), "o^D", strict=True):
+    lines = {"tokens of the bare base": ("#D55E00", "s", (0, 6), [row for row in rows if row["sampled"] == "tokens"])}
+    looks = ("#0072B2", "o", (-11, -9)), ("#009E73", "^", (8, 3)), ("#CC79A7", "D", (-10, 3))
+    for temperature, look in zip(UNDER_CODES, looks, strict=True):
         name = f"codes, tokens at {temperature:g}" if temperature else "codes, greedy tokens"
         own = [row for row in rows if row["sampled"] != "tokens" and row["temperature"] == temperature]
-        lines[name] = (color, marker, own)
+        lines[name] = (*look, own)
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(8.4, 3.6), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for ax, (key, label) in zip(panels, (("syntax", "Python can parse"), ("chains", "are a whole chain of idioms")),
                                     strict=True):  # fmt: skip
-            for name, (color, marker, own) in lines.items():
+            for name, (color, marker, offset, own) in lines.items():
                 x, y = ([row[axis]["median"] for row in own] for axis in (key, "new"))
                 ax.plot(x, y, color=color, marker=marker, ms=5, lw=1.2, label=name)
-                for row, across, up in zip(own, x, y, strict=True):
+                for number, row in enumerate(own):
                     text = f"{row['temperature']:g}" if row["sampled"] == "tokens" else row["sampled"].split()[-1]
-                    ax.annotate(text, (across, up), (4, 4), textcoords="offset points", size=7, color=color)
+                    place = (0, -11) if row["sampled"] == "tokens" and number == 0 else offset
+                    options = {"textcoords": "offset points", "size": 7, "color": color, "ha": "center"}
+                    ax.annotate(text, (x[number], y[number]), place, **options)
+            ax.margins(x=0.08, y=0.08)
             ax.set_xlabel(f"share of programs that {label}")
             ax.grid(color="#e7e9ee")
             ax.set_axisbelow(True)
