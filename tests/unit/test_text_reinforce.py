@@ -78,6 +78,29 @@ def test_a_row_writes_the_same_in_any_batch() -> None:
         assert torch.equal(part.switch, whole.switch[rows.start : rows.stop, :longest])
 
 
+@pytest.mark.parametrize("kind", ["internal", "raw-action"])
+def test_threads_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch played in three parts, side by side, on copies that share their weights."""
+    monkeypatch.setattr("internalrl.internal_rl.threads.LEAST", 2)
+    steered = steered_language_model(policy=True)
+    assert steered.policy is not None
+    agent = InternalAgent(steered, steered.policy, 1.0) if kind == "internal" else RawTokenAgent(steered)
+    weights = [tensor.data_ptr() for tensor in steered.parameters()]
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(agent.play(completions(), chance()))
+        finally:
+            torch.set_num_threads(before)
+    (alone, decided), (parts, joined) = found
+    assert torch.equal(parts.actions, alone.actions)
+    assert torch.equal(parts.switch, alone.switch)
+    assert torch.equal(joined.mask, decided.mask)
+    close(agent.log_prob(joined)[joined.mask], agent.log_prob(decided)[decided.mask])
+    assert weights == [tensor.data_ptr() for tensor in steered.parameters()]
+
+
 def test_uniform_numbers_choose_as_often_as_is_likely() -> None:
     logits = torch.randn(1, 7).expand(50_000, -1)
     uniform = torch.rand(50_000)

@@ -86,7 +86,7 @@ class InternalAgent:
         self.deterministic, self.forget, self.limits = deterministic, forget, limits
 
     def play(self, environment: BatchEnvironment, generator: torch.Generator | RowChance) -> tuple[Rollout, Decisions]:
-        if isinstance(generator, RowChance) or self.limits is not None:  # limits count what they see, one at a time
+        if self.limits is not None:  # they count what they see, one at a time
             return self._play(self.steered, environment, generator)
         results, decisions = zip(*side_by_side(self._play, self.steered, environment, generator), strict=True)
         return Rollout.join(results), Decisions.join(decisions)
@@ -117,12 +117,11 @@ class RawActionAgent:
         steered.metacontroller.requires_grad_(False)
 
     def play(self, environment: BatchEnvironment, generator: torch.Generator | RowChance) -> tuple[Rollout, Decisions]:
-        assert isinstance(generator, torch.Generator)
         results, decisions = zip(*side_by_side(self._play, self.steered, environment, generator), strict=True)
         return Rollout.join(results), Decisions.join(decisions)
 
     def _play(
-        self, steered: SteeredModel, environment: BatchEnvironment, generator: torch.Generator
+        self, steered: SteeredModel, environment: BatchEnvironment, generator: torch.Generator | RowChance
     ) -> tuple[Rollout, Decisions]:
         recording = Recording(environment)
         result = rollout(steered, recording, self._zero_code, self.temperature, generator=generator)
@@ -144,9 +143,11 @@ class RawActionAgent:
 class RawTokenAgent(RawActionAgent):
     """The same for texts, as `Completions` writes them."""
 
-    def play(self, environment: BatchEnvironment, generator: torch.Generator | RowChance) -> tuple[Rollout, Decisions]:
+    def _play(
+        self, steered: SteeredModel, environment: BatchEnvironment, generator: torch.Generator | RowChance
+    ) -> tuple[Rollout, Decisions]:
         prompts = torch.from_numpy(environment.observe())
-        result = rollout(self.steered, environment, self._zero_code, self.temperature, generator=generator)
+        result = rollout(steered, environment, self._zero_code, self.temperature, generator=generator)
         seen = torch.cat([prompts, result.actions[:, :-1]], 1)
         return result, Decisions(seen, result.actions, result.mask, SCORED_TOGETHER)
 

@@ -90,9 +90,7 @@ class Writing:
             prompts = pad_prompts([self.prompts[number] for number in own])
             return Completions(prompts, self.ends, self.config.max_completion_length, own)
 
-        return reinforce(
-            agent, environment, self.config, run, stage, self.judge, chance, self.processes
-        )
+        return reinforce(agent, environment, self.config, run, stage, self.judge, chance, self.processes)
 
     def numbers(self, seed: int, iteration: int) -> NDArray[np.int64]:
         """(N,): which prompts a batch is made of, in all processes; epoch after epoch, each in a new order."""

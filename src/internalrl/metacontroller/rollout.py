@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -83,6 +84,12 @@ class RowChance:
         seeds = row_seeds(generator, 1, count)
         uniform = torch.rand(count, horizon, generator=generator)
         return cls(RowNoise([seeds[row] for row in rows], n_z, torch.zeros(0)), uniform[rows.start : rows.stop])
+
+    def select(self, rows: np.ndarray) -> RowChance:
+        """Those of `rows` alone."""
+        codes = copy.copy(self.codes)
+        codes.select(rows.tolist())
+        return RowChance(codes, self.uniform[rows])
 
 
 def prior(n_z: int, generator: torch.Generator | None = None) -> Propose:
