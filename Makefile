@@ -34,8 +34,11 @@ types: $(INSTALLED) ## mypy
 docs: $(INSTALLED)
 	@$(PYTHON) tools/check_docs.py
 
+# Those that need no model to begin with, the longest last.
+BENCHMARKS := demonstrations discovery_step steered_decoding sandbox serving serving_load demo code_base code_discovery grid
+
 bench: $(INSTALLED) ## run the benchmarks; they write benchmarks/results
-	@for script in $(filter-out benchmarks/spread.py,$(wildcard benchmarks/*.py)); do echo "$$script"; $(PYTHON) "$$script" || exit 1; done
+	@for name in $(BENCHMARKS); do echo "$$name"; $(PYTHON) "benchmarks/$$name.py" || exit 1; done
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
