@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,7 @@ def test_sections_and_drawings(whole: RunFolder) -> None:
         ElementTree.fromstring(drawing)
     assert set(re.findall(r'(?:href|src)="([^"#])', html)) == set(), "links lead to places in the page"
     assert "88 %" in html
+    assert "that pass all tests" in html
     assert "total → index → halve" in html
     assert "total → index → halve → unique" not in html, "the run's own task"
 
@@ -109,6 +111,17 @@ def test_report_is_the_same_every_time(whole: RunFolder) -> None:
     torch.manual_seed(5)
     report.main(FEW, whole)
     assert page(whole) == before
+
+
+@pytest.mark.usefixtures("few")
+def test_a_run_of_one_stage_has_no_task_of_the_demo(tmp_path: Path) -> None:
+    run = finished_code_run(tmp_path / "run")
+    stored = run.path / "config.json"
+    run.write_json("config.json", {**json.loads(stored.read_text()), "config": {"domain": "code", "temperature": 0.3}})
+    report.main(FEW, run)
+    assert "own reward functions" in page(run)
+    assert "programs that run" in page(run)
+    assert "that pass all tests" not in page(run)
 
 
 @pytest.mark.usefixtures("few")

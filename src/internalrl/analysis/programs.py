@@ -20,10 +20,10 @@ from internalrl.analysis.runs import find
 from internalrl.base.batches import Batch
 from internalrl.base.pretrain_text import completion_nll
 from internalrl.base.text_data import Examples, tokenise
-from internalrl.discovery.programs import CHAIN, LONGEST, CodeDomain
+from internalrl.discovery.programs import LONGEST, CodeDomain
 from internalrl.discovery.text import TextMaterial
 from internalrl.domains.code import END, PROMPT, CodeConfig, chain_log_prob, log_prob, parse, sample_programs
-from internalrl.domains.code_tasks import CodeTask, evaluate, tasks
+from internalrl.domains.code_tasks import CodeTask, evaluate, solved_by, tasks
 from internalrl.domains.code_tokenizer import load_tokenizer
 from internalrl.domains.sandbox import Sandbox
 from internalrl.internal_rl.completions import Completions, pad_prompts
@@ -59,13 +59,13 @@ class Program:
 
 @dataclass(frozen=True)
 class Models:
-    """The base of a run on programs, its tokenizer and idioms, the task, and, once there is an adapter, the steered
-    model on that same base."""
+    """The base of a run on programs, its tokenizer and idioms, the demo's task, None in other runs, and, once there is
+    an adapter, the steered model on that same base."""
 
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     code: CodeConfig
-    task: CodeTask
+    task: CodeTask | None
     steered: SteeredModel | None
 
 
@@ -74,7 +74,8 @@ def open_programs(run: RunFolder, base: PreTrainedModel, config: Mapping[str, An
     code = CodeConfig.large() if find(config, "domain") == "code-large" else CodeConfig()
     tokenizer, adapter = load_tokenizer(run.path / "base", code), run.path / "adapter"
     steered = SteeredModel.from_pretrained(base, adapter).eval() if adapter.exists() else None
-    return Models(base.eval(), tokenizer, code, tasks(code)[find(config, "idioms") or CHAIN], steered)
+    idioms = find(config, "idioms")
+    return Models(base.eval(), tokenizer, code, tasks(code)[idioms] if idioms else None, steered)
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,13 @@ class ProgramMaterial(Material):
 
     @property
     def task(self) -> str:
-        chain = " → ".join(self.models.task.chain)
+        task = self.models.task
+        if task is None:
+            return "The task is what the run's own reward functions ask for."
         return (
-            f"The task is a function that is known by {len(self.models.task.inputs)} hidden tests alone: {chain}, of "
-            "which no program of the corpus shows any two in a row. A program that passes all tests is worth 1, any "
-            "other nothing."
+            f"The task is a function that is known by {len(task.inputs)} hidden tests alone: "
+            f"{' → '.join(task.chain)}, of which no program of the corpus shows any two in a row. A program that passes "
+            "all tests is worth 1, any other nothing."
         )
 
     def name(self, subgoal: int) -> str:
@@ -192,9 +195,10 @@ def write(
         found.append([Piece(text, idiom_of(models.code, text), code) for text, code in real])
     completions = ["".join(piece.text for piece in pieces) for pieces in found]
     with Sandbox() as sandbox:
-        outcomes, passed = evaluate(completions, models.task, sandbox)
+        outcomes, passed = evaluate(completions, models.task or solved_by(()), sandbox)
     said = [
-        "passes" if won else "runs" if o.status == "ran" else o.status for o, won in zip(outcomes, passed, strict=True)
+        "passes" if won and models.task else "runs" if outcome.status == "ran" else outcome.status
+        for outcome, won in zip(outcomes, passed, strict=True)
     ]
     return [
         Program(tuple(pieces), parse(models.code, PROMPT + text).idioms, status)

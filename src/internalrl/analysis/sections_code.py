@@ -123,17 +123,22 @@ def programs(m: ProgramMaterial) -> str:
 
 def _shares(m: ProgramMaterial, kinds: Sequence[tuple[str, Sequence[Program], str]]) -> str:
     """A row for each kind of programs: how many run and pass, and how new their transitions are."""
+    names = ["programs that run", "that pass all tests", "transitions that the corpus lacks"]
     rows = []
     for title, written, _ in kinds:
         steps = [step for program in written for step in pairwise(program.idioms)]
-        shares = (
+        shares = [
             sum(program.status in ("runs", "passes") for program in written) / len(written),
             sum(program.status == "passes" for program in written) / len(written),
             sum(bool(m.models.code.unseen[step]) for step in steps) / max(len(steps), 1),
-        )
-        rows.append(f"<tr><th>{title}</th>{''.join(f'<td>{percent(share)}</td>' for share in shares)}</tr>")
-    names = ("", "programs that run", "that pass all tests", "transitions that the corpus lacks")
-    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>{''.join(rows)}</table>"
+        ]
+        rows.append([title, *(percent(share) for share in shares)])
+    if m.models.task is None:
+        names.pop(1)
+        rows = [[*row[:2], row[3]] for row in rows]
+    head = "".join(f"<th>{name}</th>" for name in ("", *names))
+    body = "".join(f"<tr><th>{title}</th>{''.join(f'<td>{v}</td>' for v in values)}</tr>" for title, *values in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _program(m: ProgramMaterial, program: Program) -> str:
