@@ -109,8 +109,8 @@ class ProgramMaterial(Material):
             return "The task is what the run's own reward functions ask for."
         return (
             f"The task is a function that is known by {len(task.inputs)} hidden tests alone: "
-            f"{' → '.join(task.chain)}, of which no program of the corpus shows any two in a row. A program that passes "
-            "all tests is worth 1, any other nothing."
+            f"{' → '.join(task.chain)}, of which no program of the corpus shows any two in a row. A program that "
+            "passes all tests is worth 1, any other nothing."
         )
 
     def name(self, subgoal: int) -> str:
