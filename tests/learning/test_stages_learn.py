@@ -71,7 +71,7 @@ def open_gate(steered: SteeredModel) -> None:
 def test_stages_learn_and_sabotage_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The task is made of transitions that no demonstration shows; all play the same number of episodes. One test,
     so that the first two stages are trained once."""
-    torch.set_num_threads(1)  # as `make test` does: so short a training ends elsewhere when sums are taken in another order
+    torch.set_num_threads(1)  # as in `make test`: sums in another order, and so short a training ends elsewhere
     learned = learn(tmp_path / "learn")
     assert learned.switch_f1 > LEAST_F1
     assert play(copy.deepcopy(learned.steered), tmp_path / "internal") > LEAST_SUCCESS
