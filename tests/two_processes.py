@@ -5,6 +5,8 @@ python two_processes.py AGENT FOLDER
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,12 @@ from internalrl.stages import InternalRLConfig
 from tests.language import language_model, steered_language_model
 from tests.written import letters
 
+SEEN: list[int] = []
+"""How many completions the reward function was shown, call by call."""
+
 
 def early(completions: list[str], weight: list[float]) -> list[float]:
+    SEEN.append(len(completions))
     return [w * sum(letter < "h" for letter in text) for text, w in zip(completions, weight, strict=True)]
 
 
@@ -33,6 +39,7 @@ def main(agent: Any, folder: str) -> None:
     dataset = [{"prompt": prompt, "weight": 1 + len(prompt)} for prompt in ("a", "bcd", "ef", "ghi", "k")]
     model = steered_language_model() if agent == "internal" else language_model()
     InternalRLTrainer(model, early, args, dataset, letters()).train()
+    (Path(folder) / f"seen{os.environ.get('RANK', '')}.json").write_text(json.dumps(SEEN))
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

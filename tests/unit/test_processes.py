@@ -20,12 +20,15 @@ SCRIPT = Path(__file__).parents[1] / "two_processes.py"
 
 @pytest.mark.parametrize("agent", ["internal", "raw-action"])
 def test_two_processes_learn_as_one(agent: str, tmp_path: Path) -> None:
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+    # --multi_gpu needs no GPU: it starts processes as torchrun does. With --cpu and without MPI one process is started.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     for name, options in (("one", []), ("two", launch)):
         command = [sys.executable, *options, str(SCRIPT), agent, str(tmp_path / name)]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert ended.returncode == 0, ended.stderr
+    seen = {file.name: json.loads(file.read_text()) for file in tmp_path.glob("*/seen*.json")}
+    assert seen == {"seen.json": [16, 16], "seen0.json": [8, 8], "seen1.json": [8, 8]}
     (file,) = [found.relative_to(tmp_path / "one") for found in (tmp_path / "one").rglob("*model.safetensors")]
     one, two = (safetensors.torch.load_file(tmp_path / name / file) for name in ("one", "two"))
     assert one.keys() == two.keys()
