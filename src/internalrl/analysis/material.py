@@ -30,6 +30,8 @@ class Words:
     demonstrations: str
     truth: str
     raw: str
+    named: str = ""
+    """How a subgoal is named, where that has to be said."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class GridMaterial(Material):
         demonstrations="demonstrations",
         truth="the expert's hidden subgoals",
         raw="raw actions",
+        named=" (its two colours)",
     )
     lead = (
         "A sequence model learned to imitate an expert whose goals it was never told. What it worked out about them "

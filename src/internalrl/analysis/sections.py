@@ -42,7 +42,7 @@ def discovery(m: Material, more: Sequence[str] = ()) -> str:
                 found.subgoal,
                 found.switch,
                 found.length,
-                title=f"true {w.subgoal}",
+                title=f"true {w.subgoal}{w.named}",
                 x_label=f"{w.step} of the {w.episode}",
                 name=m.name,
             ),
