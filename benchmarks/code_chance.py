@@ -1,9 +1,9 @@
 """How often do random codes solve a task, and how often would the bare base's own tokens?
 
-    python benchmarks/code_chance.py --bases FOLDER --adapters FOLDER [--seeds 0 1 …] [--output FILE]
+    python benchmarks/code_chance.py --bases FOLDER --adapters FOLDER [--seeds 0 1 …] [--chain IDIOM …] [--output FILE]
 
 FOLDER/seedN are the models of `benchmarks/code_base.py --keep` and the adapters of `benchmarks/code_discovery.py
---keep`. For each of the default tasks, of 2 to 6 idioms:
+--keep`. For each of the default tasks, of 2 to 6 idioms, or of those that the beginnings of another chain make:
 
     tokens      the bare base's probability to write a program that passes the task's tests, at several temperatures:
                 summed over all chains of up to six idioms that do what the task's chain does (`solves`), and over the
@@ -25,6 +25,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from internalrl.base.text_data import tokenise
 from internalrl.domains.code import END, PROMPT
 from internalrl.domains.code_chance import Chance, Score, chain_chance, equivalents
 from internalrl.domains.code_idioms import variants
-from internalrl.domains.code_tasks import hidden_inputs, tasks
+from internalrl.domains.code_tasks import CHAINS, CodeTask, hidden_inputs, make_task
 from internalrl.domains.code_tokenizer import load_tokenizer
 from internalrl.domains.sandbox import Sandbox
 from internalrl.internal_rl.splitting import Tokens, write_chances
@@ -71,10 +72,10 @@ def scorer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Score:
     return score
 
 
-def by_tokens(score: Score, seed: int) -> dict[int, dict[str, Any]]:
+def by_tokens(score: Score, asked: dict[int, CodeTask], seed: int) -> dict[int, dict[str, Any]]:
     """For each task, the chance of its own chain and of all that solve it, and how many chains those are."""
     rng, found = Stream.EVALUATE.numpy(seed), {}
-    for length, task in tasks(CODE).items():
+    for length, task in asked.items():
         chains = equivalents(CODE, task, LONGEST)
         chances = {chain: chain_chance(CODE, chain, score, rng) for chain in chains}
         by_chain = sorted(chances, key=lambda chain: -chances[chain].value[TEMPERATURES.index(1.0)])
@@ -87,11 +88,11 @@ def by_tokens(score: Score, seed: int) -> dict[int, dict[str, Any]]:
     return found
 
 
-def check(score: Score, seed: int) -> dict[int, dict[str, float]]:
+def check(score: Score, asked: dict[int, CodeTask], seed: int) -> dict[int, dict[str, float]]:
     """Importance sampling of the tasks' own chains against the sums, at temperature 1."""
     rng, column, found = Stream.EVALUATE.numpy(seed, 1), TEMPERATURES.index(1.0), {}
     for length in (2, 3, 4, 5):
-        chain = tasks(CODE)[length].chain
+        chain = asked[length].chain
         exact = chain_chance(CODE, chain, score, rng, most=100_000)
         estimate = chain_chance(CODE, chain, score, rng, most=0)
         found[length] = {
@@ -103,15 +104,18 @@ def check(score: Score, seed: int) -> dict[int, dict[str, float]]:
 
 
 def by_codes(
-    steered: SteeredModel, tokenizer: PreTrainedTokenizerFast, temperature: float, seed: int
+    steered: SteeredModel,
+    tokenizer: PreTrainedTokenizerFast,
+    asked: dict[int, CodeTask],
+    temperature: float,
+    seed: int,
 ) -> dict[int, dict[str, Any]]:
     """For each task, what splitting estimates, and the hits among plain samples."""
-    named = tasks(CODE)[LONGEST].chain
 
     def encode(text: str) -> Tokens:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    parts = [{encode(variant.text) for form in variants(name) for variant in form} for name in named]
+    parts = [{encode(variant.text) for form in variants(name) for variant in form} for name in asked[LONGEST].chain]
     last = (*encode(END), tokenizer.eos_token_id)
     generators = [Stream.FREE_PLAY.torch(seed, 1 + repeat) for repeat in range(REPEATS)]
     estimates = np.array(
@@ -121,7 +125,8 @@ def by_codes(
     with Sandbox() as sandbox:
         for _ in range(PLAIN // 1024):
             completions = write(steered, tokenizer, 1.0, temperature, 1024, generator)
-            hits.update(solved(sandbox.run([PROMPT + text for text in completions], hidden_inputs())))
+            outcomes = sandbox.run([PROMPT + text for text in completions], hidden_inputs())
+            hits.update(solved(outcomes, asked))
     return {
         length: {
             "chain": estimates[:, length - 1].mean(),
@@ -130,7 +135,7 @@ def by_codes(
             "hits": hits[length],
             "of": PLAIN,
         }
-        for length in tasks(CODE)
+        for length in asked
     }
 
 
@@ -147,13 +152,14 @@ def ratio(codes: dict[str, Any], tokens: Chance) -> list[float]:
     return [middle * math.exp(-reach), middle, middle * math.exp(reach)]
 
 
-def compare(base: Path, adapter: Path, seed: int) -> dict[str, Any]:
+def compare(base: Path, adapter: Path, chain: Sequence[str], seed: int) -> dict[str, Any]:
     """Tokens and codes on one base."""
     model, tokenizer = load_base(base), load_tokenizer(base, CODE)
     score = scorer(model, tokenizer)
-    tokens, checked = by_tokens(score, seed), check(score, seed)
+    asked = {length: make_task(CODE, chain[:length]) for length in range(2, LONGEST + 1)}
+    tokens, checked = by_tokens(score, asked, seed), check(score, asked, seed)
     steered, found = SteeredModel.from_pretrained(model, adapter), {}
-    codes = {temperature: by_codes(steered, tokenizer, temperature, seed) for temperature in CODE_TOKENS}
+    codes = {temperature: by_codes(steered, tokenizer, asked, temperature, seed) for temperature in CODE_TOKENS}
     for length, own in tokens.items():
         kinds = ("solves", "chain")
         found[length] = {
@@ -169,7 +175,13 @@ def compare(base: Path, adapter: Path, seed: int) -> dict[str, Any]:
                 temperature: ratio(codes[temperature][length], own["chain"]) for temperature in CODE_TOKENS
             },
         }
-    return {"seed": seed, "base": base_fingerprint(model)[:16], "lengths": found, "check": checked}
+    return {
+        "seed": seed,
+        "chain": list(chain),
+        "base": base_fingerprint(model)[:16],
+        "lengths": found,
+        "check": checked,
+    }
 
 
 def main() -> None:
@@ -177,25 +189,34 @@ def main() -> None:
     parser.add_argument("--bases", type=Path, required=True)
     parser.add_argument("--adapters", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--chain", nargs=LONGEST, default=CHAINS[CODE.idioms])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "code_chance.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for seed in options.seeds:
         began = time.monotonic()
-        run = compare(options.bases / f"seed{seed}", options.adapters / f"seed{seed}", seed)
+        run = compare(options.bases / f"seed{seed}", options.adapters / f"seed{seed}", options.chain, seed)
         run |= {"seconds": round(time.monotonic() - began), **environment()}
         stored = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
-        runs = sorted([run, *(old for old in stored if old["seed"] != seed)], key=lambda run: run["seed"])
-        runs = json.loads(json.dumps(runs))  # numbers as names become text
-        ratios = {
-            name: {
-                length: {temperature: spread([r["lengths"][length][name][temperature][1] for r in runs], 0)
-                         for temperature in map(str, CODE_TOKENS)}
-                for length in map(str, tasks(CODE))
+        others = [old for old in stored if (old["chain"], old["seed"]) != (run["chain"], seed)]
+        runs = json.loads(json.dumps([*others, run]))  # numbers that are names become text
+        runs.sort(key=lambda run: (run["chain"], run["seed"]))
+        ratios = {" ".join(chain): summary(list(same)) for chain, same in groupby(runs, lambda run: run["chain"])}
+        options.output.write_text(json.dumps({"ratios": ratios, "runs": runs}, indent=1) + "\n")
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Both ratios by length and token temperature, with their spread over seeds."""
+    return {
+        name: {
+            length: {
+                temperature: spread([run["lengths"][length][name][temperature][1] for run in runs], 0)
+                for temperature in map(str, CODE_TOKENS)
             }
-            for name in ("ratio", "ratio_chain")
-        }  # fmt: skip
-        options.output.write_text(json.dumps({**ratios, "runs": runs}, indent=1) + "\n")
+            for length in runs[0]["lengths"]
+        }
+        for name in ("ratio", "ratio_chain")
+    }
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerFast
 
 from internalrl.base.loading import load_base
 from internalrl.domains.code import PROMPT, CodeConfig, parse
-from internalrl.domains.code_tasks import hidden_inputs, tasks
+from internalrl.domains.code_tasks import CodeTask, hidden_inputs, tasks
 from internalrl.domains.code_tokenizer import load_tokenizer
 from internalrl.domains.sandbox import Outcome, Sandbox
 from internalrl.internal_rl.completions import Completions
@@ -78,10 +78,10 @@ def write(
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
-def solved(outcomes: Sequence[Outcome]) -> dict[int, int]:
-    """How many programs pass the tests of each default task."""
+def solved(outcomes: Sequence[Outcome], asked: dict[int, CodeTask]) -> dict[int, int]:
+    """How many programs pass the tests of each task; all tasks have the same inputs."""
     given = [json.dumps(outcome.outputs) for outcome in outcomes if outcome.status == "ran"]
-    return {length: given.count(json.dumps(task.outputs)) for length, task in tasks(CODE).items()}
+    return {length: given.count(json.dumps(task.outputs)) for length, task in asked.items()}
 
 
 def judge(completions: list[str], sandbox: Sandbox) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def judge(completions: list[str], sandbox: Sandbox) -> dict[str, Any]:
         "chains": np.mean([reading.complete for reading in readings]).item(),
         "distinct": len(chains),
         "new": len(new),
-        "solved": list(solved(outcomes).values()),
+        "solved": list(solved(outcomes, tasks(CODE)).values()),
     }
 
 
