@@ -80,7 +80,7 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
         result[method] |= {name: spread([turn[name] for turn in found]) for name in names}
         pairs = list(zip(found, own["internal"], strict=False))
         for name in names:
-            if pairs:
+            if pairs and method != "internal":
                 result[method][f"{name}_over_internal"] = spread([a[name] / b[name] for a, b in pairs], 1)
     return result
 
