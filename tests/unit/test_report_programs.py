@@ -88,8 +88,8 @@ def test_sections_and_drawings(whole: RunFolder) -> None:
     assert set(re.findall(r'(?:href|src)="([^"#])', html)) == set(), "links lead to places in the page"
     assert "88 %" in html
     assert "that pass all tests" in html
-    assert "total → index → halve" in html
-    assert "total → index → halve → unique" not in html, "the run's own task"
+    assert "total → index → unique" in html
+    assert "total → index → unique → rotate" not in html, "the run's own task"
 
 
 def test_programs_before_and_after(whole: RunFolder, material: programs.ProgramMaterial) -> None:

@@ -26,7 +26,7 @@ State = tuple[tuple[int, ...], ...]
 """What a composition makes of several inputs."""
 
 CHAINS = {
-    DEFAULT: ("total", "index", "halve", "unique", "rotate", "accumulate"),
+    DEFAULT: ("total", "index", "unique", "rotate", "reverse", "accumulate"),
     LARGE: ("swap", "index", "unique", "peak", "fold", "difference"),
 }
 """The idioms of a preset -> the chain whose beginnings are its default tasks."""
@@ -159,16 +159,17 @@ def apply_idiom(idiom: str, state: State) -> State:
     return tuple(tuple(function(list(values))) for values in state)
 
 
-def fewest_unseen(config: CodeConfig, task: CodeTask, tests: int | None = None) -> int:
+def fewest_unseen(config: CodeConfig, task: CodeTask, tests: int | None = None, longest: int | None = None) -> int:
     """The fewest transitions unseen in the corpus among all compositions that pass the task's tests.
 
-    All compositions of up to as many idioms as the task's are tried. len(chain) − 1 means that there is no way round:
-    no composition does with fewer new transitions than the intended one. With `tests`, only that many of the tests
-    have to be passed: faster, and as stricter conditions go, safe: more compositions count as ways round.
+    All compositions of up to `longest` idioms are tried, by default as many as programs of the corpus have: a way round
+    may be longer than the task, as where `reverse → halve → reverse` does what `halve` does. len(chain) − 1 means that
+    there is none: no composition does with fewer new transitions than the intended one. With `tests`, only that many of
+    the tests have to be passed: faster, and as stricter conditions go, safe: more compositions count as ways round.
     """
     inputs, target = task.inputs[:tests], task.outputs[:tests]
     unseen = config.unseen.astype(np.int64)
-    best, longest = len(task.chain) - 1, len(task.chain)
+    best, longest = len(task.chain) - 1, longest or max(len(task.chain), config.max_idioms)
     # Of all compositions that give the same outputs and end in the same idiom, only the best can matter later.
     layer: dict[State, NDArray[np.int64]] = {inputs: np.zeros(len(unseen), np.int64)}
     for length in range(1, longest + 1):
