@@ -82,5 +82,7 @@ def test_stages_learn_and_sabotage_shows(tmp_path: Path, monkeypatch: pytest.Mon
         sabotage(steered)
         assert play(steered, tmp_path / sabotage.__name__) < LEAST_SUCCESS
     honest = train.advantages
-    monkeypatch.setattr(train, "advantages", lambda reward, groups: honest(reward[torch.randperm(len(reward))], groups))
+    monkeypatch.setattr(
+        train, "advantages", lambda reward, *groups: honest(reward[torch.randperm(len(reward))], *groups)
+    )
     assert play(copy.deepcopy(learned.steered), tmp_path / "shuffled") < LEAST_SUCCESS

@@ -113,7 +113,8 @@ const first = document.querySelectorAll(".segment")[1], card = first.querySelect
 const before = getComputedStyle(card).display;
 first.focus();
 const box = card.getBoundingClientRect();
-document.body.insertAdjacentHTML("beforeend", `<p id=probe>${before} ${getComputedStyle(card).display} ` +
+document.body.insertAdjacentHTML("beforeend", `<p id=probe>${document.hasFocus()} ` +
+  `${before} ${getComputedStyle(card).display} ` +
   `${box.left >= 0 && box.right <= innerWidth && box.bottom <= innerHeight} ` +
   `${document.documentElement.scrollWidth <= innerWidth} ` +
   `${new Set([...document.querySelectorAll(".answer a")].map(s => getComputedStyle(s).backgroundColor)).size}</p>`);
@@ -124,10 +125,13 @@ document.body.insertAdjacentHTML("beforeend", `<p id=probe>${before} ${getComput
 @pytest.mark.parametrize("width", [500, 1280])
 def test_cards_show_and_fit(store: AuditStore, tmp_path: Path, width: int) -> None:
     text = re.sub(r"<meta http-equiv.*?>", "", page(store, "plain")).replace("</body>", f"{PROBE}</body>")
-    dom = browse(tmp_path / "page.html", text, "--dump-dom", f"--window-size={width},900")
-    found = re.search('<p id="probe">(.*?)</p>', dom)
-    assert found
-    assert found[1] == "none block true true 6", "hidden, shown on focus, in view, no sideways scrolling, six colours"
+    for _ in range(5):
+        dom = browse(tmp_path / "page.html", text, "--dump-dom", f"--window-size={width},900")
+        found = re.search('<p id="probe">(\\w+) (.*?)</p>', dom)
+        assert found
+        if found[1] == "true":  # on a busy machine the window may not have the focus yet, and nothing in it then has
+            break
+    assert found[2] == "none block true true 6", "hidden, shown on focus, in view, no sideways scrolling, six colours"
 
 
 @in_browser

@@ -68,7 +68,7 @@ PURPOSES: dict[str, Callable[[SteeredModel, int], Any]] = {
     ],
     "held out": lambda _, seed: batches.held_out(GRID, EPISODES, seed),
     "probe": lambda _, seed: probe._demonstrations(GRID, EPISODES, seed),
-    "report": lambda _, seed: measure._demonstrations(GRID, EPISODES, seed),
+    "report": lambda _, seed: measure.shown_demonstrations(GRID, EPISODES, seed),
     "pass rates": lambda model, seed: discovery.pass_rates(model, GRID, EPISODES, seed),
     "success": lambda model, seed: list(
         evaluate.play(model, GRID, "0", EvaluateConfig(episodes=EPISODES, controller="prior"), 0.0, seed)
