@@ -456,7 +456,7 @@ def test_our_own_failure_is_told_without_its_insides(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
-        raise RuntimeError("secret of /root/file.py")
+        raise RuntimeError("secret of /srv/file.py")
 
     monkeypatch.setattr(served.app.service, "check_model", fail)
     for stream in (False, True):
