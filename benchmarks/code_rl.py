@@ -34,7 +34,7 @@ from internalrl.stages import InternalRLConfig
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "internal": PRESETS["text"]["reinforce"],
-    "raw-action": {"lr": 3e-5, "epochs": 1, "clip_coef": 0.2, "temperature": 1.0},
+    "raw-action": {"lr": 1e-3, "epochs": 1, "clip_coef": 0.2, "temperature": 1.0},
 }
 RECENT = 5
 """Iterations that the final success is the mean of."""

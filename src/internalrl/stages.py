@@ -378,7 +378,7 @@ def _code_reinforcement() -> CompletionConfig:
 
 def _code_baseline() -> CompletionConfig:
     return CompletionConfig(
-        agent="raw-action", batch_size=1024, max_completion_length=160, lr=3e-5, epochs=1, temperature=1.0
+        agent="raw-action", batch_size=1024, max_completion_length=160, lr=1e-3, epochs=1, temperature=1.0
     )
 
 
