@@ -1,12 +1,12 @@
 """Stage 1 on the code domain: small language models against the exact entropy of their corpus, on one thread.
 
-    python benchmarks/code_base.py [--seeds 0 1 …] [--steps S] [--keep FOLDER] [--output FILE]
+    python benchmarks/code_base.py [--seeds 0 1 …] [--steps S] [--keep FOLDER] [--bases FOLDER] [--output FILE]
 
 For each seed a Llama of 4 × 128 learns fresh programs. Measured on programs that it has not seen: its NLL per program
 above the grammar's own on the same programs (`gap_nats`), which is the KL divergence between the two; and, of programs
 sampled at a temperature, how many parse and run on a task's inputs (`run`), and how many are a chain of idioms and
-nothing else (`idioms`). `--keep` saves models and tokenizers as FOLDER/seed0 and so on. Seeds that are not asked for
-stay in the file as they are.
+nothing else (`idioms`). `--keep` saves models and tokenizers as FOLDER/seed0 and so on. With `--bases` models that were
+trained before, as by `internalrl demo code`, are measured instead. Seeds that are not asked for stay in the file.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ import torch
 from spread import spread
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from internalrl.base.loading import load_base
 from internalrl.base.pretrain_text import build_language_model, completion_nll, pretrain_text, save_language_model
 from internalrl.base.text_data import Examples, tokenise
 from internalrl.domains.code import PROMPT, CodeConfig, Programs, entropy, log_prob, parse, sample_programs
 from internalrl.domains.code_tasks import hidden_inputs
-from internalrl.domains.code_tokenizer import build_tokenizer
+from internalrl.domains.code_tokenizer import build_tokenizer, load_tokenizer
 from internalrl.domains.sandbox import Sandbox
+from internalrl.metacontroller.adapter import base_fingerprint
 from internalrl.runlog import RunFolder, environment
 from internalrl.stages import PretrainTextConfig
 from internalrl.streams import Stream
@@ -46,7 +48,7 @@ def examples_of(programs: Programs, model: PreTrainedModel, tokenizer: PreTraine
 
 
 def train(config: PretrainTextConfig, code: CodeConfig, seed: int, keep: Path | None) -> dict[str, Any]:
-    """Train one model, and measure it."""
+    """Train one model, save it to `keep`, and measure it."""
     tokenizer = build_tokenizer(code)
     torch.manual_seed(seed)
     model = build_language_model(config, tokenizer)
@@ -56,12 +58,16 @@ def train(config: PretrainTextConfig, code: CodeConfig, seed: int, keep: Path | 
         loop = pretrain_text(model, examples_of(corpus, model, tokenizer), config, run)
     if keep is not None:
         save_language_model(model, tokenizer, keep / f"seed{seed}")
+    return {"seconds": round(loop.seconds), **measure(model, tokenizer, code, seed)}
+
+
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, code: CodeConfig, seed: int) -> dict[str, Any]:
+    """On programs that the model has not seen, and on those that it writes."""
     held_out = sample_programs(code, HELD_OUT, Stream.HELD_OUT.numpy(seed))
     nll = completion_nll(model, examples_of(held_out, model, tokenizer))
     gap = nll + [log_prob(code, program) for program in held_out.texts]
     return {
-        "seed": seed,
-        "seconds": round(loop.seconds),
+        "base": base_fingerprint(model)[:16],
         "nll_nats": round(float(nll.mean()), 4),
         "gap_nats": round(float(gap.mean()), 4),
         "gap_standard_error": round(float(gap.std() / HELD_OUT**0.5), 4),
@@ -90,13 +96,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=PretrainTextConfig.steps)
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--bases", type=Path)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "code_base.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     config, code = PretrainTextConfig(steps=options.steps), CodeConfig()
     for seed in options.seeds:
         began = time.monotonic()
-        run = {**train(config, code, seed, options.keep), "config": vars(config), **environment()}
+        if options.bases is None:
+            found = {"config": vars(config), **train(config, code, seed, options.keep)}
+        else:
+            folder = options.bases / f"seed{seed}"
+            found = measure(load_base(folder), load_tokenizer(folder, code), code, seed)
+        run = {"seed": seed, **found, **environment()}
         print(json.dumps({**run, "all_seconds": round(time.monotonic() - began)}), flush=True)
         stored = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
         runs = sorted([run, *(old for old in stored if old["seed"] != seed)], key=lambda run: run["seed"])
