@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -108,12 +109,11 @@ def main() -> None:
         else:
             folder = options.bases / f"seed{seed}"
             found = measure(load_base(folder), load_tokenizer(folder, code), code, seed)
-        run = {"seed": seed, **found, **environment()}
+        run = {"seed": seed, "command": " ".join(["python", *sys.argv]), **found, **environment()}
         print(json.dumps({**run, "all_seconds": round(time.monotonic() - began)}), flush=True)
         stored = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
         runs = sorted([run, *(old for old in stored if old["seed"] != seed)], key=lambda run: run["seed"])
         result = {
-            "command": f"python benchmarks/code_base.py --seeds {' '.join(str(run['seed']) for run in runs)}",
             "entropy_nats": round(entropy(code), 4),
             "gap_nats": spread([run["gap_nats"] for run in runs]),
             "runs_at_0.7": spread([run["sampled"]["0.7"]["run"] for run in runs]),

@@ -263,7 +263,7 @@ def segments(folder: Path, repeats: int, answers: int = 500, each: int = 28) -> 
             log.wait(request.id)
         log.close()
         costs.append(1e6 * (time.process_time() - began) / (answers * each))
-    return {"repeats": repeats, "segments": answers * each, "microseconds_per_segment": spread(costs), "passed": True}
+    return {"repeats": repeats, "segments": answers * each, "microseconds_per_segment": spread(costs)}
 
 
 async def _segments(client: httpx2.AsyncClient) -> int:
@@ -304,7 +304,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as temporary:
             save_models(Path(temporary))
             result = measure[name](Path(temporary))
-        passed = passed and result["passed"]
+        passed = passed and result.get("passed", True)  # `segments` has no bar
         print(json.dumps({name: result}, indent=2), flush=True)
         text = json.dumps({"command": " ".join(["python", *sys.argv]), **result, **environment()}, indent=2)
         (args.results / f"serving_{name}.json").write_text(text + "\n", encoding="utf-8")
