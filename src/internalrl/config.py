@@ -69,7 +69,7 @@ _TEXT: Mapping[str, Mapping[str, Any]] = {
         "batches": 60,
         "form_steps": 300,
         "squeeze_steps": 100,
-        "switch_steps": 300,
+        "switch_steps": 600,
         "hold_steps": 80,
         "rise_steps": 120,
         "consolidate": {

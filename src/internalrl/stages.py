@@ -263,6 +263,8 @@ class ReinforceConfig(CompletionConfig):
     model; without, the grid's."""
     rewards: tuple[str, ...] = ()
     """Reward functions of completions, as dotted paths: package.module.function."""
+    environment: str | None = None
+    """Dotted path of a class of environments, whose methods the model calls as tools."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,7 +37,7 @@ class TwoRightCodes:
         if self.shuffle_reward:
             reward = reward[torch.randperm(EPISODES, generator=generator)]
         nothing = torch.zeros(EPISODES, SEGMENTS)
-        played = Rollout(reward, torch.full((EPISODES,), SEGMENTS), *[nothing] * 5)
+        played = Rollout(reward, torch.full((EPISODES,), SEGMENTS), *[nothing] * 6)
         return played, Decisions(*actor.segments())
 
     def log_prob(self, decisions: Decisions) -> Tensor:

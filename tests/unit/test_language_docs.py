@@ -16,7 +16,8 @@ def test_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     for snippet in snippets:
         exec(compile(snippet, str(PAGE), "exec"), names)
-    assert len(snippets) == 7
+    assert len(snippets) == 8
     assert (tmp_path / "runs" / "rl" / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "runs" / "boxes" / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "adapters" / "first" / "adapter_model.safetensors").exists()
     assert names["logits"].shape == (2, 17, 64)  # type: ignore[attr-defined]

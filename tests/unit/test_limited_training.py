@@ -56,7 +56,7 @@ class OneRightStrategy:
         self.executed.append(code)
         nothing, decisions = torch.zeros(EPISODES, 1), Decisions(*actor.segments())
         self.denied += int((decisions.chosen[:, 0] != code).any(1).sum())
-        return Rollout((code[:, 0] > 1.2).float(), torch.ones(EPISODES), *[nothing] * 5), decisions
+        return Rollout((code[:, 0] > 1.2).float(), torch.ones(EPISODES), *[nothing] * 6), decisions
 
     def log_prob(self, decisions: Decisions) -> Tensor:
         return self.module.log_prob(decisions.seen, decisions.chosen)

@@ -103,6 +103,8 @@ class GridBatch:
     reward 0. Completing the task gives reward 1 and ends the episode; `config.horizon` steps truncate it.
     """
 
+    given = None  # every move is the agent's own
+
     def __init__(self, config: GridConfig, layouts: Layouts, task: Sequence[int] | NDArray[np.integer]) -> None:
         """`task` is one task for all rows, or (N, L), a task per row padded with −1 (see `task_table`)."""
         self.config = config

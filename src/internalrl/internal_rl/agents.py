@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from internalrl.internal_rl.recording import Recording
 from internalrl.internal_rl.threads import side_by_side
@@ -149,7 +150,7 @@ class RawTokenAgent(RawActionAgent):
         prompts = torch.from_numpy(environment.observe())
         result = rollout(steered, environment, self._zero_code, self.temperature, generator=generator)
         seen = torch.cat([prompts, result.actions[:, :-1]], 1)
-        return result, Decisions(seen, result.actions, result.mask, SCORED_TOGETHER)
+        return result, Decisions(seen, result.actions, result.mask & ~result.given, SCORED_TOGETHER)
 
     def log_prob(self, decisions: Decisions) -> Tensor:
         """(N, T): a full forward of the base over prompts and completions."""
@@ -159,7 +160,7 @@ class RawTokenAgent(RawActionAgent):
         if not real.all():
             inputs |= {"attention_mask": real.long(), "position_ids": (real.cumsum(1) - 1).clamp(min=0)}
         code = torch.zeros(self.steered.metacontroller.config.n_z)
-        where = (torch.arange(real.shape[1]) >= prompt).expand_as(real)
+        where = F.pad(decisions.mask, (prompt, 0))
         logits = self.steered(code=code, where=where, use_cache=False, **inputs).logits[:, prompt:]
         log_probs = torch.log_softmax(logits.float() / self.temperature, -1)
         return log_probs.gather(-1, decisions.chosen[..., None]).squeeze(-1)

@@ -10,7 +10,8 @@ from internalrl.base.loading import load_tokenizer
 from internalrl.base.pretrain_text import save_language_model
 from internalrl.errors import InternalRLError
 from internalrl.internal_rl import train
-from internalrl.internal_rl.rewards import Rewards
+from internalrl.internal_rl.conversing import make_writing
+from internalrl.internal_rl.rewards import load_function
 from internalrl.internal_rl.trainer import bare, make_text_agent
 from internalrl.internal_rl.writing import Writing
 from internalrl.metacontroller.steered import SteeredModel
@@ -41,7 +42,8 @@ def check(config: ReinforceConfig) -> None:
 
 
 def _writing(config: ReinforceConfig) -> Writing:
-    if not config.rewards:
+    factory = None if config.environment is None else load_function(config.environment)
+    if not config.rewards and factory is None:
         raise InternalRLError("--rewards is empty; name functions that judge completions, package.module.function.")
     if config.limits is not None:
         raise InternalRLError("Limits are for grids as yet; leave --limits out.")
@@ -50,5 +52,5 @@ def _writing(config: ReinforceConfig) -> Writing:
         steered = bare(folder, config)
     else:
         steered = SteeredModel.from_pretrained(folder, config.discovered / "adapter")
-    rewards = Rewards(config.rewards, config.reward_weights or None)
-    return Writing(steered, load_tokenizer(folder), rewards, config.prompts, config, Processes())
+    tokenizer = load_tokenizer(folder)
+    return make_writing(steered, tokenizer, config.rewards, config.prompts, config, Processes(), factory)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +47,11 @@ class Completions(BatchEnvironment):
         """(N,): texts that have not ended."""
         return self._alive
 
+    @property
+    def given(self) -> NDArray[np.bool_] | None:
+        """None: every token is the model's own."""
+        return None
+
     def observe(self) -> NDArray[np.int64]:
         """The prompts (N, P), and later the last token of each text (N, 1)."""
         return self.tokens
@@ -55,9 +62,10 @@ class Completions(BatchEnvironment):
         self.tokens = actions[:, None]
         return np.zeros(len(self), np.float32), ~self._alive, np.zeros(len(self), bool)
 
-    def select(self, rows: NDArray[np.int64]) -> Completions:
+    def select(self, rows: NDArray[np.int64]) -> Self:
         """The texts numbered `rows`, as far as they are."""
-        kept = Completions(self.prompts[rows], self.ends.tolist(), self.config.horizon, self.numbers[rows])
+        kept = copy.copy(self)
+        kept.prompts, kept.numbers = self.prompts[rows], self.numbers[rows]
         kept.tokens, kept._alive = self.tokens[rows], self._alive[rows]
         return kept
 

@@ -24,6 +24,10 @@ class Recording:
     def alive(self) -> np.ndarray:
         return self.environment.alive
 
+    @property
+    def given(self) -> np.ndarray | None:
+        return self.environment.given
+
     def observe(self) -> np.ndarray:
         observation = self.environment.observe()
         self.shown.append((self.rows, observation))

@@ -16,7 +16,8 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -33,25 +34,32 @@ class Rewards:
     Args:
         functions: a function, the dotted path of one ("package.module.function"), or several of these.
         weights: one per function; by default 1.
+        more: functions that are not listed, but asked as well, with weight 1.
 
     Raises:
         InternalRLError: there is none, a path leads nowhere, two have the same name, or the weights do not match.
     """
 
-    def __init__(self, functions: Reward | str | Sequence[Reward | str], weights: Sequence[float] | None = None):
+    def __init__(
+        self,
+        functions: Reward | str | Sequence[Reward | str],
+        weights: Sequence[float] | None = None,
+        more: Sequence[Reward] = (),
+    ):
         listed = [functions] if callable(functions) or isinstance(functions, str) else list(functions)
-        self.functions = [load_function(function) if isinstance(function, str) else function for function in listed]
+        named = [load_function(function) if isinstance(function, str) else function for function in listed]
+        self.functions = [*named, *more]
         self.names = [getattr(function, "__name__", type(function).__name__) for function in self.functions]
         if not self.functions or len(set(self.names)) < len(self.names):
             raise InternalRLError(
                 f"The reward functions are called {', '.join(self.names) or '(none)'}; give one or more, of different "
                 "names."
             )
-        if weights is not None and len(weights) != len(self.functions):
+        if weights is not None and len(weights) != len(named):
             raise InternalRLError(
-                f"There are {len(weights)} reward weights for {len(self.functions)} reward functions; give one each."
+                f"There are {len(weights)} reward weights for {len(named)} reward functions; give one each."
             )
-        self.weights = torch.ones(len(self.functions)) if weights is None else torch.tensor(list(weights))
+        self.weights = torch.tensor([*([1.0] * len(named) if weights is None else weights), *[1.0] * len(more)])
 
     def __call__(self, columns: Mapping[str, list[Any]]) -> Tensor:
         """(N, F): what each function says of N completions, NaN where it says nothing.
@@ -59,7 +67,7 @@ class Rewards:
         Raises:
             InternalRLError: a function failed, or returned something else than N finite numbers or None.
         """
-        return torch.tensor(asyncio.run(self._ask(columns)), dtype=torch.float32).T
+        return torch.tensor(await_now(self._ask(columns)), dtype=torch.float32).T
 
     def total(self, scores: Tensor) -> Tensor:
         """(N,): the weighted sum of the `scores` (N, F); InternalRLError for a completion without any."""
@@ -100,6 +108,20 @@ class Rewards:
                 "number or None for each."
             )
         return scores
+
+
+def await_now(answer: Awaitable[Any]) -> Any:
+    """What a coroutine comes to, also where a loop is running already, as in a notebook."""
+
+    async def awaited() -> Any:
+        return await answer
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(awaited())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, awaited()).result()
 
 
 def _describe(answer: Any) -> str:

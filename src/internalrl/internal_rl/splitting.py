@@ -89,11 +89,13 @@ class Continuations:
         outcome (N,): the number of what followed, −1 where it was something else.
     """
 
+    given = None  # codes are adopted where texts are given, too
+
     def __init__(self, prompt: Sequence[int], written: NDArray[np.int64], wanted: dict[Tokens, int]):
         count, room = len(written), max(map(len, wanted))
         self.wanted = wanted
         self.beginnings = {tokens[:length] for tokens in wanted for length in range(1, len(tokens))}
-        self.given = (written >= 0).sum(1)
+        self.begun = (written >= 0).sum(1)
         self.config = Horizon(written.shape[1] + room)
         self.written = np.concatenate([written, np.full((count, room), -1)], 1)
         self.outcome = np.full(count, -1)
@@ -110,12 +112,12 @@ class Continuations:
 
     def step(self, actions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
         """Append to each text its own next token, or where it is free the one chosen; nothing is rewarded."""
-        free = self.given[self.rows] <= self.time
+        free = self.begun[self.rows] <= self.time
         tokens = np.where(free, actions, self.written[self.rows, self.time])
         for place in np.flatnonzero(free & self.alive):
             row = self.rows[place]
             self.written[row, self.time] = tokens[place]
-            added = tuple(self.written[row, self.given[row] : self.time + 1].tolist())
+            added = tuple(self.written[row, self.begun[row] : self.time + 1].tolist())
             self.outcome[row] = self.wanted.get(added, -1)
             self.alive[place] = added in self.beginnings
         self.tokens, self.time = tokens[:, None], self.time + 1

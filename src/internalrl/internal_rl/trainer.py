@@ -26,8 +26,9 @@ from internalrl.base.text_data import Rows
 from internalrl.errors import InternalRLError
 from internalrl.files import jsonable
 from internalrl.internal_rl.agents import Agent, InternalAgent, RawTokenAgent
-from internalrl.internal_rl.rewards import Reward, Rewards
-from internalrl.internal_rl.writing import Writing
+from internalrl.internal_rl.conversations import Factories
+from internalrl.internal_rl.conversing import make_writing
+from internalrl.internal_rl.rewards import Reward
 from internalrl.metacontroller.adapter import base_fingerprint
 from internalrl.metacontroller.policy import Policy
 from internalrl.metacontroller.steered import SteeredModel
@@ -45,6 +46,8 @@ class InternalRLTrainer:
         args: settings; by default those of `InternalRLConfig`.
         train_dataset: rows with a `prompt`, text or messages, and whatever columns the rewards read; or a JSONL file.
         processing_class: the model's tokenizer; by default the one beside the model.
+        environment_factory: makes an environment whose methods the model calls as tools, or several by name; see
+            `conversations`. With one, prompts are messages or left out, and its own reward counts as well.
 
     Raises:
         InternalRLError: what does not fit together, in one sentence.
@@ -53,18 +56,21 @@ class InternalRLTrainer:
     def __init__(
         self,
         model: SteeredModel | PreTrainedModel | str | Path,
-        reward_funcs: Reward | str | Sequence[Reward | str],
+        reward_funcs: Reward | str | Sequence[Reward | str] = (),
         args: InternalRLConfig | None = None,
         train_dataset: Rows | str | Path = (),
         processing_class: PreTrainedTokenizerBase | None = None,
+        environment_factory: Factories | None = None,
     ):
         self.args = args or InternalRLConfig()
         self.processes = Processes.join()
         self.model = model if isinstance(model, SteeredModel) else bare(model, self.args)
         name = model if isinstance(model, str | Path) else self.model.base.name_or_path
         self.processing_class = processing_class or load_tokenizer(name)
-        rewards = Rewards(reward_funcs, self.args.reward_weights or None)
-        self.writing = Writing(self.model, self.processing_class, rewards, train_dataset, self.args, self.processes)
+        self.writing = make_writing(
+            self.model, self.processing_class, reward_funcs, train_dataset, self.args, self.processes,
+            environment_factory,
+        )  # fmt: skip
         torch.manual_seed(self.args.seed)
         self.agent = make_text_agent(self.model, self.args)
 

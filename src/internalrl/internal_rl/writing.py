@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from internalrl.base.caches import token_cache
 from internalrl.base.text_data import (
@@ -66,14 +67,9 @@ class Writing:
         base = steered.base
         check_tokenizer(tokenizer, base.config)
         token_cache(base)
-        self.prompts = _prompts(self.rows, tokenizer)
-        _require_room(self.prompts, context_length(base.config), config.max_completion_length)
-        if len({len(prompt) for prompt in self.prompts}) > 1 and not heeds_padding(base):
-            raise InternalRLError(
-                f"{type(base).__name__} reads padding as if it were text; give prompts of the same number of tokens."
-            )
-        ends = base.generation_config.eos_token_id if base.generation_config else None
-        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.ends = text_ends(base, tokenizer)
+        self.prompts = self._encode_prompts()
+        self._require_room(range(len(self.prompts)), self.prompts)
 
     def reinforce(self, agent: Agent, run: RunFolder, stage: str = "reinforce") -> dict[str, Any]:
         """Let `agent` learn; see `train.reinforce`."""
@@ -86,11 +82,14 @@ class Writing:
 
         def environment(iteration: int) -> Completions:
             numbers = self.numbers(run.seed, iteration)
-            own = numbers[self.share.start : self.share.stop]
-            prompts = pad_prompts([self.prompts[number] for number in own])
-            return Completions(prompts, self.ends, self.config.max_completion_length, own)
+            return self.begin(numbers[self.share.start : self.share.stop])
 
         return reinforce(agent, environment, self.config, run, stage, self.judge, chance, self.processes)
+
+    def begin(self, numbers: NDArray[np.int64]) -> Completions:
+        """Completions of the rows with these numbers (N,)."""
+        prompts = pad_prompts([self.prompts[number] for number in numbers])
+        return Completions(prompts, self.ends, self.config.max_completion_length, numbers)
 
     def numbers(self, seed: int, iteration: int) -> NDArray[np.int64]:
         """(N,): which prompts a batch is made of, in all processes; epoch after epoch, each in a new order."""
@@ -103,7 +102,7 @@ class Writing:
         """Ask the rewards about this process's completions; what all processes have together."""
         assert isinstance(environment, Completions)
         tokens = [row[:length] for row, length in zip(result.actions.tolist(), result.length.tolist(), strict=True)]
-        scores = self.rewards(self._columns(environment.numbers, tokens))
+        scores = self.rewards(self._columns(environment, tokens))
         clipped = [row[-1] not in self.ends for row in tokens]
         own = zip(environment.numbers.tolist(), map(len, tokens), clipped, scores.tolist(), strict=True)
         numbers, lengths, cut, rows = zip(*self.processes.gather(list(own)), strict=True)
@@ -121,6 +120,7 @@ class Writing:
             "completions/min_length": min(lengths),
             "completions/max_length": max(lengths),
             "completions/clipped_ratio": float(np.mean(cut)),
+            **self._more_metrics(environment),
         }
         return Outcome(reward, groups, metrics)
 
@@ -133,41 +133,60 @@ class Writing:
             found[f"rewards/{name}/std"] = said.std(correction=0).item() if len(said) else None
         return found
 
-    def _columns(self, numbers: NDArray[np.int64], tokens: list[list[int]]) -> dict[str, list[Any]]:
+    def _columns(self, environment: Completions, tokens: list[list[int]]) -> dict[str, list[Any]]:
         """What the rewards are given."""
-        rows = [self.rows[int(number)] for number in numbers]
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        completions = [
-            text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            for row, text in zip(rows, texts, strict=True)
-        ]
+        rows = [self.rows[int(number)] for number in environment.numbers]
         others = [name for name in rows[0] if name not in ("prompt", "completion")]
         return {
             **{name: [row.get(name) for row in rows] for name in others},
-            "prompts": [row["prompt"] for row in rows],
-            "completions": completions,
             "completion_ids": tokens,
+            **self._exchanged(environment, tokens),
         }
 
+    def _exchanged(self, environment: Completions, tokens: list[list[int]]) -> dict[str, list[Any]]:
+        """Prompts, and completions in the same form."""
+        prompts = [self.rows[int(number)]["prompt"] for number in environment.numbers]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        return {"prompts": prompts, "completions": completions}
 
-def _prompts(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of every row's prompt."""
-    texts = []
-    for number, row in enumerate(rows):
-        prompt = row.get("prompt")
-        if not isinstance(prompt, str | list) or not prompt:
+    def _more_metrics(self, environment: Completions) -> dict[str, float]:
+        return {}
+
+    def _encode_prompts(self) -> list[list[int]]:
+        """The tokens of every row's prompt."""
+        texts = []
+        for number, row in enumerate(self.rows):
+            prompt = row.get("prompt")
+            if not isinstance(prompt, str | list) or not prompt:
+                raise InternalRLError(
+                    f"Row {number} has the columns {', '.join(map(str, row))} and no text or messages in `prompt`; "
+                    "give it."
+                )
+            texts.append(prompt_text(prompt, self.tokenizer))
+        return encode_prompts(texts, self.tokenizer)
+
+    def _require_room(self, numbers: Sequence[int] | NDArray[np.int64], prompts: Sequence[list[int]]) -> None:
+        """InternalRLError for `prompts`, those of the rows with these numbers, that leave none for a completion."""
+        base, completion = self.steered.base, self.config.max_completion_length
+        lengths = [len(prompt) for prompt in prompts]
+        context = context_length(base.config)
+        if context is not None and max(lengths) + completion > context:
             raise InternalRLError(
-                f"Row {number} has the columns {', '.join(map(str, row))} and no text or messages in `prompt`; give it."
+                f"The prompt of row {numbers[int(np.argmax(lengths))]} has {max(lengths)} tokens, which with "
+                f"max_completion_length = {completion} is more than the model's context of {context}; shorten one of "
+                "them."
             )
-        texts.append(prompt_text(prompt, tokenizer))
-    return encode_prompts(texts, tokenizer)
+        if len(set(lengths)) > 1 and not heeds_padding(base):
+            raise InternalRLError(
+                f"{type(base).__name__} reads padding as if it were text; give prompts of the same number of tokens."
+            )
 
 
-def _require_room(prompts: list[list[int]], context: int | None, completion: int) -> None:
-    longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
-    length = len(prompts[longest])
-    if context is not None and length + completion > context:
-        raise InternalRLError(
-            f"The prompt of row {longest} has {length} tokens, which with max_completion_length = {completion} is "
-            f"more than the model's context of {context}; shorten one of them."
-        )
+def text_ends(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a text."""
+    ends = base.generation_config.eos_token_id if base.generation_config else None
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

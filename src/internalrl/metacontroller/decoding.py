@@ -83,7 +83,9 @@ def start(self: SteeredModel, batch: int, forget: bool = False) -> Decoding:
 
 
 @torch.no_grad()
-def step(self: SteeredModel, observations: Tensor, decoding: Decoding, propose: Propose) -> Step:
+def step(
+    self: SteeredModel, observations: Tensor, decoding: Decoding, propose: Propose, silent: Tensor | None = None
+) -> Step:
     """Decode one step for every row: read e_t, switch where β fires, ask for new codes there, steer.
 
     Args:
@@ -92,6 +94,7 @@ def step(self: SteeredModel, observations: Tensor, decoding: Decoding, propose: 
             the prompts.
         decoding: from `start`; advanced in place.
         propose: asked for a code at every switch.
+        silent: (B,) bool, rows in which nothing is decided: they read the token as if it were a prompt's.
     """
     before = decoding.state
     if self.base.main_input_name == "input_ids":
@@ -100,7 +103,7 @@ def step(self: SteeredModel, observations: Tensor, decoding: Decoding, propose: 
         decoding.segments = decoding.continued_segments()  # until the switch says otherwise
         inputs, prompt = {"observations": observations[:, None], "segments": decoding.segments}, 0
     mask = None if decoding.mask is None else decoding.mask[:, -prompt - 1 :]
-    steering = Steering(self.metacontroller, asking(propose), before, prompt, mask, fresh=decoding.switched)
+    steering = Steering(self.metacontroller, asking(propose), before, prompt, mask, decoding.switched, silent)
     with self.open_taps((self.tap, steering)):
         output = self.base(past_key_values=decoding.cache, use_cache=True, **inputs)
     decoding.cache, decoding.state = output.past_key_values, steering.state

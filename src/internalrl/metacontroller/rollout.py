@@ -27,6 +27,10 @@ class BatchEnvironment(Protocol):
     @property
     def alive(self) -> np.ndarray: ...
 
+    @property
+    def given(self) -> np.ndarray | None:
+        """(N,) bool, rows whose next action is the environment's own, as the text of a tool is; None if no row's is."""
+
     def __len__(self) -> int: ...
     def observe(self) -> np.ndarray: ...
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
@@ -37,13 +41,15 @@ class BatchEnvironment(Protocol):
 class Rollout:
     """N episodes of up to T steps; entries at steps ≥ length are zero.
 
-    reward (N,), length (N,), actions (N, T), logits (N, T, A), switch (N, T) bool, switch_logit (N, T),
-    code (N, T, n_z). Of texts, whose vocabularies are large, no logits are kept: A = 0.
+    reward (N,), length (N,), actions (N, T), given (N, T) bool, actions that the environment chose itself, logits
+    (N, T, A), switch (N, T) bool, switch_logit (N, T), code (N, T, n_z). Of texts, whose vocabularies are large, no
+    logits are kept: A = 0.
     """
 
     reward: Tensor
     length: Tensor
     actions: Tensor
+    given: Tensor
     logits: Tensor
     switch: Tensor
     switch_logit: Tensor
@@ -135,20 +141,24 @@ def rollout(
 
     for t in range(horizon):
         alive = torch.from_numpy(environment.alive.copy())
-        step = steered.step(torch.from_numpy(environment.observe()), decoding, propose_alive)
+        given = None if environment.given is None else torch.from_numpy(environment.given)
+        step = steered.step(torch.from_numpy(environment.observe()), decoding, propose_alive, given)
         if isinstance(generator, RowChance):
             actions = choose(step.logits, temperature, uniform=generator.uniform[rows, t])
         else:
             actions = choose(step.logits, temperature, generator)
+        gained, _, _ = environment.step(actions.numpy())
+        if given is not None:
+            actions = torch.where(given, torch.from_numpy(environment.observe()[:, -1]), actions)
         write(
             t,
             actions=actions,
+            given=torch.zeros_like(alive) if given is None else given,
             logits=step.logits[:, :0] if writes else step.logits,
             switch=step.switch,
             switch_logit=step.switch_logit,
             code=step.code,
         )
-        gained, _, _ = environment.step(actions.numpy())
         reward[rows] += torch.from_numpy(gained)
         length[rows] += alive
         left = environment.alive

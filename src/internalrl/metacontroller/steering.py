@@ -30,6 +30,8 @@ class Steering:
         mask: (B, columns) bool, False where a row is padded: nothing of the row changes there. Columns beyond it
             are real in every row.
         fresh: (B,) bool, rows whose context was just cut: their switch knows nothing yet and does not fire.
+        silent: (B,) bool, rows that only read these columns, as they do a prompt: the next that they do not opens a
+            segment.
         control: writes the codes back in place of `Metacontroller.control`.
 
     Attributes:
@@ -45,10 +47,11 @@ class Steering:
         prompt: int = 0,
         mask: Tensor | None = None,
         fresh: Tensor | None = None,
+        silent: Tensor | None = None,
         control: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         self.metacontroller, self.choose, self.state = metacontroller, choose, state
-        self.prompt, self.mask, self.fresh = prompt, mask, fresh
+        self.prompt, self.mask, self.fresh, self.silent = prompt, mask, fresh, silent
         self.control = control or metacontroller.control
         self.columns = 0
         self.switch: list[Tensor] = []
@@ -71,6 +74,8 @@ class Steering:
         if silent == length:
             return residual
         steered = self.control(residual[:, silent:], torch.stack(self.code[silent - length :], 1))
+        if self.silent is not None:
+            steered = torch.where(self.silent[:, None, None], residual[:, silent:], steered)
         return torch.cat([residual[:, :silent], steered], 1) if silent else steered
 
     def _real(self, column: int) -> Tensor | None:
@@ -84,8 +89,12 @@ class Steering:
             switch, history = switch & real, torch.where(real[:, None], history, before.history)
         if self.fresh is not None:
             switch = switch & ~self.fresh
-        code = self.choose(switch, x, before.code)
-        self.state = MetacontrollerState(history, code, before.started | switch)
+        if self.silent is not None:
+            switch = switch & ~self.silent
+        code, started = self.choose(switch, x, before.code), before.started | switch
+        if self.silent is not None:
+            code, started = code.masked_fill(self.silent[:, None], 0), started & ~self.silent
+        self.state = MetacontrollerState(history, code, started)
         self.switch.append(switch)
         self.logit.append(logit)
         self.code.append(code)
