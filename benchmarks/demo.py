@@ -1,6 +1,6 @@
 """`make demo` or `internalrl demo code` from a fresh clone: how long it takes, installation apart, and what it finds.
 
-    python benchmarks/demo.py [code] [--clone FOLDER] [--seed S]
+    python benchmarks/demo.py [code] [--clone FOLDER]
 
 Clones this repository, at its last commit, into FOLDER (by default a temporary one), installs, and runs the demo with
 as many threads as torch takes by itself. An unfinished demo in FOLDER is continued. `wall_seconds` is from its first
@@ -26,7 +26,7 @@ FOLDERS = {"grid": "demo", "code": "demo-code"}
 BARS = {"grid": 25 * 60, "code": 45 * 60}
 
 
-def demo(domain: str, clone: Path, seed: int) -> dict[str, Any]:
+def demo(domain: str, clone: Path) -> dict[str, Any]:
     """Run a demo in a clone, unless it is done; what it wrote."""
     if not clone.exists():
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
