@@ -53,15 +53,11 @@ class CodeDomain:
     def obey(self, steered: SteeredModel, material: TextMaterial) -> tuple[NDArray[np.int64], list[Reading]]:
         """Codes of held-out programs, one after the other in a new order: the idioms (N, CHAIN) that they stand for,
         and the N programs that get written."""
-        codes, end = self._codes(steered, material)
+        first, later, end = self._codes(steered, material)
         rng, count = Stream.FREE_PLAY.numpy(material.seed), len(self.config.idioms)
         chains = rng.integers(count, size=(MEASURED, CHAIN))
-        chosen = torch.stack(
-            [
-                torch.stack([*(codes[k][rng.integers(len(codes[k]))] for k in chain), end[rng.integers(len(end))]])
-                for chain in chains.tolist()
-            ]
-        )
+        pools = [[first[chain[0]], *(later[idiom] for idiom in chain[1:]), end] for chain in chains.tolist()]
+        chosen = torch.stack([torch.stack([pool[rng.integers(len(pool))] for pool in row]) for row in pools])
         return chains, [parse(self.config, text) for text in self._write(steered, chosen)]
 
     def forced(self, steered: SteeredModel, material: TextMaterial) -> dict[str, float]:
@@ -109,22 +105,31 @@ class CodeDomain:
             "random_unseen": float(np.mean([bool(self.config.unseen[a, b]) for a, b in steps])) if steps else 0.0,
         }
 
-    def _codes(self, steered: SteeredModel, material: TextMaterial) -> tuple[list[Tensor], Tensor]:
-        """The posterior's mean codes of held-out idioms, at true boundaries: by idiom, and of the programs' end."""
+    def _codes(
+        self, steered: SteeredModel, material: TextMaterial
+    ) -> tuple[list[list[Tensor]], list[list[Tensor]], list[Tensor]]:
+        """The posterior's mean codes of held-out idioms that begin a program, of later ones, and of programs' ends.
+
+        They are those that the metacontroller adopts: where it switches a token before an idiom, its codes expect that
+        token, which for the first idiom is the prompt's. Where it does not switch, those where it should.
+        """
         batch = material.measured
         episodes = Episodes.of(steered, batch)
-        mean = steered.metacontroller.propose(episodes.slow, episodes.mask, noise=False).mean
-        codes: list[list[Tensor]] = [[] for _ in self.config.idioms]
+        segments, proposals = steered.metacontroller.parse(episodes.residual, episodes.slow, batch.mask)
+        switch, mean = (segments.switch > 0.5) & batch.mask, proposals.mean
+        first: list[list[Tensor]] = [[] for _ in self.config.idioms]
+        later: list[list[Tensor]] = [[] for _ in self.config.idioms]
         end: list[Tensor] = []
         parts = zip(batch.observations, batch.boundary, batch.mask, strict=True)
         for row, (tokens, boundary, mask) in enumerate(parts):
             length = int(mask.nonzero()[-1]) + 2
             positions = [int(mask.nonzero()[0]), *boundary.nonzero().squeeze(-1).tolist()]
+            adopted = [next((p for p in (b, b - 1, b + 1) if switch[row, p]), b) for b in positions]
             idioms = parse(self.config, self.text(tokens[:length].tolist())).idioms
-            for position, idiom in zip(positions, idioms, strict=False):
-                codes[idiom].append(mean[row, position])
-            end.append(mean[row, positions[-1]])
-        return [torch.stack(c) for c in codes], torch.stack(end)
+            for number, (position, idiom) in enumerate(zip(adopted, idioms, strict=False)):
+                (later if number else first)[idiom].append(mean[row, position])
+            end.append(mean[row, adopted[-1]])
+        return first, later, end
 
     def _write(self, steered: SteeredModel, codes: Tensor, **options: Any) -> list[str]:
         """Programs under codes (N, S, n_z), each one held until the switch fires; greedy unless told otherwise."""
