@@ -5,8 +5,9 @@
 
 The task is known through its hidden tests alone: reward 1 for a program that passes them all. One run with one seed;
 the file collects runs, one for each label, agent, number of idioms, seed and settings. For every iteration of 1,024
-programs it holds the success, the programs that run, and the segments per program. A run ends when the mean success of
-the last five iterations reaches 97 %. On one thread. With --run, a run that was stopped goes on.
+programs it holds the success, the programs that run, and the segments per program. The settings are those of
+`internalrl demo code`: a run ends when the mean success of the last five iterations reaches 97 %. On one thread.
+With --run, a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy and torch are imported
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from internalrl.config import PRESETS
 from internalrl.domains.code import PROMPT, CodeConfig
 from internalrl.domains.code_tasks import evaluate, tasks
 from internalrl.domains.sandbox import Sandbox
@@ -32,25 +32,22 @@ from internalrl.internal_rl.trainer import InternalRLTrainer
 from internalrl.metacontroller.adapter import base_fingerprint
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import environment, read_metrics
-from internalrl.stages import InternalRLConfig
+from internalrl.stages import CodeDemoConfig, InternalRLConfig
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "internal": PRESETS["text"]["reinforce"],
-    "raw-action": {"lr": 1e-3, "epochs": 1, "clip_coef": 0.2, "temperature": 1.0},
-}
+SETTINGS = {"internal": CodeDemoConfig().reinforce, "raw-action": CodeDemoConfig().raw_action}
+STORED = ("lr", "epochs", "clip_coef", "initial_std", "replay", "temperature", "target")
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One run of RL."""
-    settings = {
-        **SETTINGS[options.agent],
-        **({} if options.temperature is None else {"temperature": options.temperature}),
-    }
     task, base = tasks(CodeConfig())[options.idioms], AutoModelForCausalLM.from_pretrained(options.base)
-    args = InternalRLConfig(
-        agent=options.agent, output_dir=folder, seed=options.seed, episodes=options.budget, batch_size=1024,
-        num_generations=1024, max_completion_length=160, reward_weights=(1.0, 0.0), target=0.97, **settings,
-    )  # fmt: skip
+    fingerprint, settings = base_fingerprint(base)[:16], SETTINGS[options.agent]
+    given = {
+        "agent": options.agent, "output_dir": folder, "seed": options.seed, "episodes": options.budget,
+        "num_generations": settings.batch_size, "reward_weights": (1.0, 0.0),
+        "temperature": settings.temperature if options.temperature is None else options.temperature,
+    }  # fmt: skip
+    args = InternalRLConfig(**{**vars(settings), **given})
     with Sandbox() as sandbox:
         ran: list[float] = []
 
@@ -75,8 +72,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     hits = [programs for programs, rate in zip(curve["programs"], curve["success"], strict=True) if rate]
     return {
         "label": options.label, "agent": options.agent, "idioms": options.idioms, "seed": options.seed,
-        "base": base_fingerprint(base)[:16],
-        "settings": settings, "programs": summary["episodes"], "seconds": round(summary["seconds"]),
+        "base": fingerprint, "settings": {name: getattr(args, name) for name in STORED},
+        "programs": summary["episodes"], "seconds": round(summary["seconds"]),
         "final_success": sum(curve["success"][-RECENT:]) / RECENT,
         "final_run": sum(curve["run"][-RECENT:]) / RECENT,
         "first_hit_by": hits[0] if hits else None,

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from internalrl import cli, loop
 from internalrl.base.loading import load_tokenizer
 from internalrl.base.pretrain_text import build_language_model, save_language_model
-from internalrl.base.text_data import Examples
+from internalrl.base.text_data import Examples, tokenise
 from internalrl.discovery import programs as programs_module
 from internalrl.discovery import rehearse, train
 from internalrl.discovery.evaluate import alignment
@@ -28,11 +28,12 @@ from internalrl.discovery.rehearse import rehearsal_loss
 from internalrl.discovery.slow import slow_features
 from internalrl.discovery.splice import Cut, splice
 from internalrl.discovery.text import TextMaterial, to_batch
-from internalrl.domains.code import CodeConfig, parse, sample_programs, write_jsonl
+from internalrl.domains.code import PROMPT, CodeConfig, parse, sample_programs, write_jsonl
 from internalrl.domains.code_tokenizer import build_tokenizer
 from internalrl.errors import InternalRLError
+from internalrl.metacontroller.model import Proposals, Segmentation
 from internalrl.metacontroller.steered import SteeredModel
-from internalrl.stages import PretrainTextConfig, RehearseConfig
+from internalrl.stages import MetacontrollerConfig, PretrainTextConfig, RehearseConfig
 from tests.language import VOCABULARY, steered_language_model
 from tests.tiny import close
 
@@ -268,7 +269,7 @@ def test_forced_codes_are_judged_up_to_the_first_mistake(
 
         return write
 
-    monkeypatch.setattr(domain, "_codes", lambda *given: (codes, torch.full((1, 1), -1.0)))
+    monkeypatch.setattr(domain, "_codes", lambda *given: (codes, codes, torch.full((1, 1), -1.0)))
     material = TextMaterial(examples(), seed=0)
     found = {}
     for mistake in (False, True):
@@ -280,6 +281,31 @@ def test_forced_codes_are_judged_up_to_the_first_mistake(
     assert found[True]["forced_corpus"] == pytest.approx(7 / 8, abs=0.05)
     assert found[True]["forced_unseen"] == pytest.approx(7 / 8, abs=0.05)
     assert found[True]["forced_whole"] == pytest.approx((7 / 8) ** 4, abs=0.06)
+
+
+@pytest.mark.parametrize("early", [0, 1, 2])
+def test_codes_of_idioms_are_those_that_are_adopted(
+    early: int, programs: tuple[CodeDomain, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a switch that fires at an idiom or a token before it; one that fires elsewhere adopts nothing for it."""
+    domain, texts = programs
+    base = build_language_model(PretrainTextConfig(layers=2, width=16, heads=2, mlp=16), domain.tokenizer)
+    steered = SteeredModel.from_base(base, MetacontrollerConfig(n_z=2, view="following"))
+    rows = [{"prompt": PROMPT, "completion": domain.text(text).removeprefix(PROMPT)} for text in texts]
+    material = TextMaterial(tokenise(rows, domain.tokenizer, base.config), 0, domain)
+    batch = material.measured
+    switch = F.pad(batch.boundary, (0, early))[:, early:] | (batch.mask & (batch.mask.cumsum(1) == 1))
+    places = torch.arange(switch.shape[1]).expand(switch.shape)  # a code tells where it was read
+    mean = torch.stack([places, torch.arange(len(switch))[:, None].expand(switch.shape)], -1)
+    found = Segmentation(mean, switch.float(), mean[..., 0]), Proposals(mean, mean, mean)
+    monkeypatch.setattr(steered.metacontroller, "parse", lambda *given: found)
+    first, later, end = domain._codes(steered, material)
+    begin = len(domain.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]) - 1
+    assert sum(map(len, first)) == len(end) == len(batch)
+    assert all(code[0] == begin for codes in first for code in codes)
+    for codes in filter(None, (*later, end)):
+        for place, row in torch.stack(codes).tolist():
+            assert batch.boundary[row, place + (early if early < 2 else 0)]
 
 
 def test_rehearsal_learns_from_texts_and_splices() -> None:
