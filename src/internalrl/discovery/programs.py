@@ -56,6 +56,8 @@ class CodeDomain:
         first, later, end = self._codes(steered, material)
         rng, count = Stream.FREE_PLAY.numpy(material.seed), len(self.config.idioms)
         chains = rng.integers(count, size=(MEASURED, CHAIN))
+        # among few programs an idiom may never begin one, or never go on with one: codes of the other kind stand in
+        first, later = ([a or b for a, b in zip(*pair, strict=True)] for pair in ((first, later), (later, first)))
         pools = [[first[chain[0]], *(later[idiom] for idiom in chain[1:]), end] for chain in chains.tolist()]
         chosen = torch.stack([torch.stack([pool[rng.integers(len(pool))] for pool in row]) for row in pools])
         return chains, [parse(self.config, text) for text in self._write(steered, chosen)]
