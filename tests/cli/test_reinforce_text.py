@@ -11,6 +11,7 @@ import pytest
 from internalrl import cli
 from internalrl.base.pretrain_text import save_language_model
 from internalrl.metacontroller.steered import SteeredModel
+from tests.conversing import rows, steered_answers, talking
 from tests.language import language_model, steer
 from tests.written import letters
 
@@ -50,6 +51,22 @@ def test_a_language_model_is_reinforced(discovered: Path) -> None:
 def test_raw_tokens_are_reinforced(discovered: Path) -> None:
     assert reinforce(discovered, "--agent", "raw-action", "--temperature", "1") == 0
     assert (discovered / "run" / "base" / "tokenizer.json").is_file()
+
+
+def test_environments_are_named_by_a_path(tmp_path: Path) -> None:
+    steered = steered_answers()
+    save_language_model(steered.base, talking(), tmp_path / "discovered" / "base")
+    steered.save_pretrained(tmp_path / "discovered" / "adapter")
+    (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows(4)))
+    (tmp_path / "rl.yaml").write_text(
+        f"discovered: {tmp_path / 'discovered'}\nprompts: {tmp_path / 'prompts.jsonl'}\n"
+        "environment: tests.conversing.Box\nrewards: [tests.conversing.right]\n"
+        "max_completion_length: 64\nnum_generations: 4\nbatch_size: 8\nepisodes: 8\npolicy_hidden: 6\n"
+    )
+    assert reinforce(tmp_path) == 0
+    (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert line["tools/call_frequency"] > 0.5
+    assert line["completions/max_length"] > 40
 
 
 @pytest.mark.parametrize(

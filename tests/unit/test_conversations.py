@@ -378,6 +378,24 @@ def test_rows_choose_among_environments(tmp_path: Path) -> None:
     assert {line["rewards/Deaf/mean"] for line in read_metrics(tmp_path / "run")} == {1.0}
 
 
+def test_a_reset_that_fails_loses_nothing(tmp_path: Path) -> None:
+    """The run goes on where it failed, and ends as one that never did."""
+    resets: list[int] = []
+
+    class Tired(Box):
+        def reset(self, secret: str, **columns: Any) -> str:
+            resets.append(1)
+            if len(resets) == 14:  # in the second iteration
+                raise OSError("too tired")
+            return super().reset(secret)
+
+    trainer(steered_answers(), tmp_path / "whole", episodes=24).train()
+    with pytest.raises(InternalRLError, match=r"Tired could not be reset \(OSError: too tired\); nothing is lost"):
+        trainer(steered_answers(), tmp_path / "torn", Tired, episodes=24).train()
+    trainer(steered_answers(), tmp_path / "torn", Tired, episodes=24).train(resume_from_checkpoint=True)
+    assert read_metrics(tmp_path / "torn" / "run") == read_metrics(tmp_path / "whole" / "run")
+
+
 class Silent:
     """Has no reset."""
 

@@ -5,11 +5,11 @@
             ...
 
         def price(self, item: str) -> str:          # a tool, as is every public method
-            \"\"\"What an item costs.
+            '''What an item costs.
 
             Args:
                 item: its name.
-            \"\"\"
+            '''
 
         def get_reward(self) -> float:              # optional: a reward function of its own
             ...

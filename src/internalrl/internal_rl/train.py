@@ -128,7 +128,7 @@ def reinforce(
     """Play, score, improve: one iteration is one batch of episodes and a few passes of clipped policy gradient.
 
     Args:
-        judge: says what a batch came to. Where it raises, the weights are saved as they were.
+        judge: says what a batch came to. Where it, or an environment, raises, the weights are saved as they were.
         chance: the random numbers of an iteration; by default one generator for all.
         processes: each of them plays its share of the batch.
     """
@@ -144,9 +144,9 @@ def reinforce(
     for iteration in loop:
         recent = recent or recent_scores(run, stage, iteration)
         generator = Stream.REINFORCE.torch(run.seed, iteration) if chance is None else chance(iteration)
-        environment = environments(iteration)
-        result, decisions = agent.play(environment, generator)
         try:
+            environment = environments(iteration)
+            result, decisions = agent.play(environment, generator)
             outcome = judge(environment, result)
         except InternalRLError:
             loop.save()
