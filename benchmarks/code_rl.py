@@ -1,13 +1,14 @@
 """Stage 3 on the code domain: internal RL finds a composition of idioms whose every transition is new to the base.
 
     python benchmarks/code_rl.py --base FOLDER --adapter FOLDER [--idioms N] [--agent raw-action --temperature T]
-        [--budget PROGRAMS] [--seed S] [--label TEXT] [--run FOLDER] [--output FILE]
+        [--budget PROGRAMS] [--seed S] [--blind] [--label TEXT] [--run FOLDER] [--output FILE]
 
 The task is known through its hidden tests alone: reward 1 for a program that passes them all. One run with one seed;
 the file collects runs, one for each label, agent, number of idioms, seed and settings. For every iteration of 1,024
 programs it holds the success, the programs that run, and the segments per program. The settings are those of
 `internalrl demo code`: a run ends when the mean success of the last five iterations reaches 97 %. On one thread.
-With --run, a run that was stopped goes on.
+With --blind it does not know what programs return, and cannot explore by it while none is rewarded. With --run, a run
+that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from internalrl.domains.code import PROMPT, CodeConfig
-from internalrl.domains.code_tasks import evaluate, tasks
+from internalrl.domains.code_tasks import task_rewards, tasks
 from internalrl.domains.sandbox import Sandbox
 from internalrl.internal_rl.train import RECENT
 from internalrl.internal_rl.trainer import InternalRLTrainer
@@ -35,7 +36,7 @@ from internalrl.runlog import environment, read_metrics
 from internalrl.stages import CodeDemoConfig, InternalRLConfig
 
 SETTINGS = {"internal": CodeDemoConfig().reinforce, "raw-action": CodeDemoConfig().raw_action}
-STORED = ("lr", "epochs", "clip_coef", "initial_std", "replay", "temperature", "target")
+STORED = ("lr", "epochs", "clip_coef", "initial_std", "replay", "decision_cost", "temperature", "target")
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -49,20 +50,12 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     args = InternalRLConfig(**{**vars(settings), **given})
     with Sandbox() as sandbox:
-        ran: list[float] = []
-
-        def success(completions: list[str]) -> list[float]:
-            outcomes, passed = evaluate(completions, task, sandbox)
-            ran[:] = [float(outcome.status == "ran") for outcome in outcomes]
-            return [float(value) for value in passed]
-
-        def runs(completions: list[str]) -> list[float]:
-            return ran[: len(completions)]
-
+        judged = task_rewards(task, sandbox)
         model = base if options.agent == "raw-action" else SteeredModel.from_pretrained(base, options.adapter)
         trainer = InternalRLTrainer(
-            model, [success, runs], args, [{"prompt": PROMPT}], AutoTokenizer.from_pretrained(options.base)
-        )
+            model, [judged.success, judged.runs], args, [{"prompt": PROMPT}],
+            AutoTokenizer.from_pretrained(options.base), outcomes=None if options.blind else judged.outcomes,
+        )  # fmt: skip
         summary = trainer.train(resume_from_checkpoint=(folder / "config.json").exists())
     lines = read_metrics(folder)
     curve = {name: [line[key] for line in lines] for name, key in (
@@ -72,6 +65,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     hits = [programs for programs, rate in zip(curve["programs"], curve["success"], strict=True) if rate]
     return {
         "label": options.label, "agent": options.agent, "idioms": options.idioms, "seed": options.seed,
+        "blind": options.blind,
         "base": fingerprint, "settings": {name: getattr(args, name) for name in STORED},
         "programs": summary["episodes"], "seconds": round(summary["seconds"]),
         "final_success": sum(curve["success"][-RECENT:]) / RECENT,
@@ -91,6 +85,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--budget", type=int, default=150_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--blind", action="store_true")
     parser.add_argument("--label", default="")
     parser.add_argument("--run", type=Path)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "code_rl.json")
@@ -99,8 +94,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = {**run(options, options.run or Path(folder) / "run"), **environment()}
     runs = json.loads(options.output.read_text()) if options.output.exists() else []
-    names = ("label", "agent", "idioms", "seed", "settings")
-    runs = [old for old in runs if [old[name] for name in names] != [found[name] for name in names]]
+    names = ("label", "agent", "idioms", "seed", "blind", "settings")
+    runs = [old for old in runs if [old.get(name) for name in names] != [found[name] for name in names]]
     options.output.write_text(json.dumps([*runs, found], indent=1) + "\n")
     print(json.dumps({name: value for name, value in found.items() if name != "curve"}))
 

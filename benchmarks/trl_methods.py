@@ -95,8 +95,8 @@ class Job:
         clock = Clock()
         torch.manual_seed(self.seed)
         with Sandbox() as sandbox, tempfile.TemporaryDirectory() as folder:
-            success, runs = task_rewards(self.task, sandbox)
-            rewards = [noted(success, clock.success), noted(runs, clock.runs)]
+            judged = task_rewards(self.task, sandbox)
+            rewards = [noted(judged.success, clock.success), noted(judged.runs, clock.runs)]
             play = self.trl if self.method.startswith("trl") else self.ours
             play(rewards, clock, Path(folder) / "run")
         return clock

@@ -62,7 +62,8 @@ def main(config: CodeDemoConfig, run: RunFolder) -> dict[str, Any]:
 
     task = tasks(CODE)[config.idioms]
     with Sandbox() as sandbox:
-        rewards = Rewards(task_rewards(task, sandbox), (1.0, 0.0))
+        judged = task_rewards(task, sandbox)
+        rewards = Rewards([judged.success, judged.runs], (1.0, 0.0), outcomes=judged.outcomes)
         budget = replace(config.reinforce, agent="internal")
         internal = reinforce(make_writing(steered, tokenizer, rewards, budget), run, "reinforce")
         steered.save_pretrained(run.path / "adapter", {"demo": {"seed": run.seed, "task": list(task.chain)}})

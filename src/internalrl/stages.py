@@ -209,6 +209,8 @@ class PolicyGradientConfig(Checked):
     replay: Natural = 0
     """Successes that a policy over codes learns from again with every batch, the newest; for rewards so rare that one
     iteration's learning from them is lost."""
+    decision_cost: NotNegative = 0.7
+    """Where nothing is rewarded and outcomes are known: what a decision costs, in nats of novelty."""
     initial_std: Positive = 1.2
     """Standard deviation of the policy's codes at the start; 1 is the prior's."""
     policy_hidden: Count = 64
@@ -263,6 +265,9 @@ class ReinforceConfig(CompletionConfig):
     model; without, the grid's."""
     rewards: tuple[str, ...] = ()
     """Reward functions of completions, as dotted paths: package.module.function."""
+    outcomes: str | None = None
+    """Function like those of rewards, as a dotted path, that says as a string what a completion came to: with it the
+    policy explores while nothing is rewarded."""
     environment: str | None = None
     """Dotted path of a class of environments, whose methods the model calls as tools."""
 
@@ -380,8 +385,9 @@ def _code_reinforcement() -> CompletionConfig:
 
 def _code_baseline() -> CompletionConfig:
     return CompletionConfig(
-        agent="raw-action", batch_size=1024, max_completion_length=160, lr=1e-3, epochs=1, temperature=1.0
-    )
+        agent="raw-action", batch_size=1024, max_completion_length=160, lr=1e-3, epochs=1, temperature=1.0,
+        decision_cost=0.04,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from internalrl.internal_rl.agents import Decisions
-from internalrl.internal_rl.train import reinforce
+from internalrl.internal_rl.train import Outcome, reinforce
 from internalrl.metacontroller.policy import Policy, PolicyActor
 from internalrl.metacontroller.rollout import Rollout
 from internalrl.runlog import RunFolder
@@ -66,3 +66,54 @@ def test_a_single_success_is_not_lost_with_replay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [0])
 def test_shuffled_reward_teaches_nothing(tmp_path: Path, seed: int) -> None:
     assert train(tmp_path / "run", shuffle_reward=True) < 0.2
+
+
+DIGITS, LONGEST = 7, 9
+SECRET = (3, 0, 5, 1)
+
+
+class Lock:
+    """A code opens the way to one of seven digits, or ends the episode; only one number of four digits is rewarded.
+
+    Of the regions of codes, those that are nearest to one of eight points, all are about as likely at first.
+    """
+
+    def __init__(self) -> None:
+        self.module = Policy(WIDTH, N_Z, hidden=32, initial_std=1.2)
+        generator = torch.Generator().manual_seed(0)
+        self.points = 1.2 * torch.randn(DIGITS + 1, N_Z, generator=generator)
+        self.view = torch.randn(DIGITS + 1, WIDTH, generator=generator)
+
+    def play(self, environment: Any, generator: torch.Generator) -> tuple[Rollout, Decisions]:
+        actor, numbers = PolicyActor(self.module, EPISODES, generator), [()] * EPISODES
+        rows, last = torch.arange(EPISODES), torch.full((EPISODES,), DIGITS)
+        for _ in range(LONGEST):
+            code = actor(rows, self.view[last])
+            last = torch.cdist(code, self.points).argmin(1)
+            rows, last = rows[last < DIGITS], last[last < DIGITS]
+            for row, digit in zip(rows.tolist(), last.tolist(), strict=True):
+                numbers[row] += (digit,)
+        self.numbers = ["".join(map(str, number)) for number in numbers]
+        reward = torch.tensor([float(number == SECRET) for number in numbers])
+        decisions = Decisions(*actor.segments())
+        nothing = torch.zeros(EPISODES, 1)
+        return Rollout(reward, decisions.mask.sum(1), *[nothing] * 6), decisions
+
+    def log_prob(self, decisions: Decisions) -> Tensor:
+        return self.module.log_prob(decisions.seen, decisions.chosen)
+
+
+@pytest.mark.parametrize("known", ["nothing", "numbers", "one outcome"])
+def test_what_was_tried_is_not_tried_again(known: str, tmp_path: Path) -> None:
+    """One in 8⁵: not found in 40,000 draws, but soon by one who remembers which numbers failed."""
+    torch.manual_seed(0)
+    lock = Lock()
+
+    def judge(environment: Any, result: Rollout) -> Outcome:
+        tried = {"nothing": None, "numbers": lock.numbers, "one outcome": [""] * EPISODES}[known]
+        return Outcome(result.reward, None, {"success": result.reward.mean().item()}, tried)
+
+    config = ReinforceConfig(episodes=80 * EPISODES, batch_size=EPISODES, replay=16, epochs=8, clip_coef=1.0)
+    run = RunFolder.create(tmp_path / "run", {}, seed=0)
+    success = reinforce(lock, lambda _: np.zeros(0), config, run, judge=judge)["success"]
+    assert success > 0.9 if known == "numbers" else success < 0.1

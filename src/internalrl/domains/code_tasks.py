@@ -115,9 +115,21 @@ def passes_tests(completions: Sequence[str], chain: Sequence[Sequence[str]], **_
     return rewards
 
 
-def task_rewards(task: CodeTask, sandbox: Sandbox) -> list[Callable[[list[str]], list[float]]]:
-    """Two reward functions, which run a batch once between them: `success`, 1.0 for completions that pass all tests of
-    the task, and `runs`, 1.0 for those that parse and run, which is for the log."""
+@dataclass(frozen=True)
+class TaskRewards:
+    """Functions for internal RL, which run a batch once between them.
+
+    success: 1.0 for completions that pass all tests of the task; runs: 1.0 for those that parse and run, for the log;
+    outcomes: what a program returns on the tests' inputs, or that it failed, as a string.
+    """
+
+    success: Callable[[list[str]], list[float]]
+    runs: Callable[[list[str]], list[float]]
+    outcomes: Callable[[list[str]], list[str]]
+
+
+def task_rewards(task: CodeTask, sandbox: Sandbox) -> TaskRewards:
+    """Those of a task."""
 
     @lru_cache(maxsize=1)
     def judge(completions: tuple[str, ...]) -> tuple[list[Outcome], list[bool]]:
@@ -129,7 +141,11 @@ def task_rewards(task: CodeTask, sandbox: Sandbox) -> list[Callable[[list[str]],
     def runs(completions: list[str]) -> list[float]:
         return [float(outcome.status == "ran") for outcome in judge(tuple(completions))[0]]
 
-    return [success, runs]
+    def outcomes(completions: list[str]) -> list[str]:
+        ran = judge(tuple(completions))[0]
+        return [json.dumps(outcome.outputs) if outcome.status == "ran" else "failed" for outcome in ran]
+
+    return TaskRewards(success, runs, outcomes)
 
 
 @cache

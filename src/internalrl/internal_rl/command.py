@@ -53,4 +53,6 @@ def _writing(config: ReinforceConfig) -> Writing:
     else:
         steered = SteeredModel.from_pretrained(folder, config.discovered / "adapter")
     tokenizer = load_tokenizer(folder)
-    return make_writing(steered, tokenizer, config.rewards, config.prompts, config, Processes(), factory)
+    return make_writing(
+        steered, tokenizer, config.rewards, config.prompts, config, Processes(), factory, config.outcomes
+    )

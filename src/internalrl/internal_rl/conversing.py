@@ -69,11 +69,13 @@ def make_writing(
     config: CompletionConfig,
     processes: Processes,
     factory: Factories | None = None,
+    outcomes: Reward | str | None = None,
 ) -> Writing:
     """What is written and what it is worth; with a `factory` of environments, in conversation with them."""
     weights = config.reward_weights or None
     if factory is None:
-        return Writing(steered, tokenizer, Rewards(rewards, weights), dataset, config, processes)
+        judged = Rewards(rewards, weights, outcomes=outcomes)
+        return Writing(steered, tokenizer, judged, dataset, config, processes)
     host = Host(factory, tokenizer, text_ends(steered.base, tokenizer))
-    judged = Rewards(rewards, weights, host.judges)
+    judged = Rewards(rewards, weights, host.judges, outcomes)
     return Conversing(host, steered, tokenizer, judged, dataset or [{}], config, processes)

@@ -35,6 +35,7 @@ class Rewards:
         functions: a function, the dotted path of one ("package.module.function"), or several of these.
         weights: one per function; by default 1.
         more: functions that are not listed, but asked as well, with weight 1.
+        outcomes: a function of the same form that says, as a string, what each completion came to; see `novelty`.
 
     Raises:
         InternalRLError: there is none, a path leads nowhere, two have the same name, or the weights do not match.
@@ -45,10 +46,12 @@ class Rewards:
         functions: Reward | str | Sequence[Reward | str],
         weights: Sequence[float] | None = None,
         more: Sequence[Reward] = (),
+        outcomes: Reward | str | None = None,
     ):
         listed = [functions] if callable(functions) or isinstance(functions, str) else list(functions)
         named = [load_function(function) if isinstance(function, str) else function for function in listed]
         self.functions = [*named, *more]
+        self.outcomes = load_function(outcomes) if isinstance(outcomes, str) else outcomes
         self.names = [getattr(function, "__name__", type(function).__name__) for function in self.functions]
         if not self.functions or len(set(self.names)) < len(self.names):
             raise InternalRLError(
@@ -69,6 +72,18 @@ class Rewards:
         """
         return torch.tensor(await_now(self._ask(columns)), dtype=torch.float32).T
 
+    def tried(self, columns: Mapping[str, list[Any]]) -> list[str] | None:
+        """What each completion came to; None where no function tells."""
+        if self.outcomes is None:
+            return None
+        name, count = getattr(self.outcomes, "__name__", "outcomes"), len(columns["completions"])
+        answer = await_now(_called(self.outcomes, name, columns))
+        if not isinstance(answer, list) or len(answer) != count or not all(isinstance(one, str) for one in answer):
+            raise InternalRLError(
+                f"{name} returned {_describe(answer)} for {count} completions; return a list with a string for each."
+            )
+        return answer
+
     def total(self, scores: Tensor) -> Tensor:
         """(N,): the weighted sum of the `scores` (N, F); InternalRLError for a completion without any."""
         if (silent := scores.isnan().all(1)).any():
@@ -84,17 +99,7 @@ class Rewards:
 
     async def _one(self, function: Reward, name: str, columns: Mapping[str, list[Any]]) -> list[float]:
         count = len(columns["completions"])
-        try:
-            answer = function(**_accepted(function, columns))
-            if inspect.isawaitable(answer):
-                answer = await answer
-        except InternalRLError:
-            raise
-        except Exception as error:  # of someone else's code
-            raise InternalRLError(
-                f"The reward function {name} failed ({type(error).__name__}: {error}); nothing is lost: correct it "
-                "and resume."
-            ) from error
+        answer = await _called(function, name, columns)
         try:
             scores = [math.nan if score is None else float(score) for score in answer]
         except (TypeError, ValueError):
@@ -108,6 +113,20 @@ class Rewards:
                 "number or None for each."
             )
         return scores
+
+
+async def _called(function: Reward, name: str, columns: Mapping[str, list[Any]]) -> Any:
+    """What a function answers, be it a coroutine or not."""
+    try:
+        answer = function(**_accepted(function, columns))
+        return await answer if inspect.isawaitable(answer) else answer
+    except InternalRLError:
+        raise
+    except Exception as error:  # of someone else's code
+        raise InternalRLError(
+            f"The reward function {name} failed ({type(error).__name__}: {error}); nothing is lost: correct it and "
+            "resume."
+        ) from error
 
 
 def await_now(answer: Awaitable[Any]) -> Any:

@@ -18,6 +18,7 @@ from internalrl.base.trajectory import save_trajectory_model
 from internalrl.domains.grid import GridBatch, GridConfig, parse_task, sample_layouts
 from internalrl.errors import InternalRLError
 from internalrl.internal_rl.agents import Agent, Decisions, InternalAgent, RawActionAgent
+from internalrl.internal_rl.novelty import Novelty
 from internalrl.internal_rl.objective import advantages, clipped_surrogate
 from internalrl.internal_rl.replay import Replay
 from internalrl.loop import Loop, optimise
@@ -94,11 +95,13 @@ def grid_environments(steered: SteeredModel, config: ReinforceConfig, seed: int)
 @dataclass
 class Outcome:
     """What a batch of N episodes came to: `reward` (N,), of all processes; `groups` (N,), which are compared with one
-    another, None if all are; `metrics` for the log, `success`, which the target is about, among them."""
+    another, None if all are; `metrics` for the log, `success`, which the target is about, among them; `tried`, what
+    each episode came to, if that is known: see `novelty`."""
 
     reward: Tensor
     groups: Tensor | None
     metrics: dict[str, float]
+    tried: list[str] | None = None
 
 
 Judge = Callable[[BatchEnvironment, Rollout], Outcome]
@@ -136,7 +139,8 @@ def reinforce(
     share = processes.share(config.batch_size)
     optimizer = torch.optim.Adam(agent.module.parameters(), lr=config.lr)
     iterations = max(1, config.episodes // config.batch_size)  # whole batches: a last one must not pass the budget
-    modules, replay = {"policy": agent.module}, None
+    novelty, replay = Novelty(config.decision_cost), None
+    modules = {"policy": agent.module, "novelty": novelty}
     if config.replay and isinstance(agent.module, Policy):
         modules["replay"] = replay = Replay(config.replay, agent.module)
     loop = Loop(run, stage, iterations, modules, {"adam": optimizer})
@@ -151,11 +155,13 @@ def reinforce(
         except InternalRLError:
             loop.save()
             raise
-        count, entropy = sum(processes.gather([int(decisions.mask.sum())])), None
+        taken, entropy = processes.gather(decisions.mask.sum(1).tolist()), None
         reward, groups, own = outcome.reward, outcome.groups, list(share)
         if replay is not None:
             decisions, reward, groups, own = replay.join(decisions, reward, groups, own, processes)
         advantage = advantages(reward, groups)
+        if outcome.tried is not None and not advantage.any():
+            advantage = advantages(novelty.worth(outcome.tried, taken), groups)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, 2 * (1 - iteration / iterations))
         if advantage.any():  # equal rewards: nothing to learn from
@@ -163,7 +169,7 @@ def reinforce(
         loop.log(
             episodes=(iteration + 1) * config.batch_size,
             **outcome.metrics,
-            decisions=(torch.tensor(float(count)) / config.batch_size).item(),
+            decisions=(torch.tensor(float(sum(taken))) / config.batch_size).item(),
             entropy=entropy,
         )
         recent.append(outcome.metrics["success"])

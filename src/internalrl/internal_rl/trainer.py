@@ -48,6 +48,8 @@ class InternalRLTrainer:
         processing_class: the model's tokenizer; by default the one beside the model.
         environment_factory: makes an environment whose methods the model calls as tools, or several by name; see
             `conversations`. With one, prompts are messages or left out, and its own reward counts as well.
+        outcomes: a function like those of rewards, or its dotted path, that says as a string what a completion came to.
+            With it, the policy explores while nothing is rewarded; see `novelty`.
 
     Raises:
         InternalRLError: what does not fit together, in one sentence.
@@ -61,6 +63,7 @@ class InternalRLTrainer:
         train_dataset: Rows | str | Path = (),
         processing_class: PreTrainedTokenizerBase | None = None,
         environment_factory: Factories | None = None,
+        outcomes: Reward | str | None = None,
     ):
         self.args = args or InternalRLConfig()
         self.processes = Processes.join()
@@ -69,7 +72,7 @@ class InternalRLTrainer:
         self.processing_class = processing_class or load_tokenizer(name)
         self.writing = make_writing(
             self.model, self.processing_class, reward_funcs, train_dataset, self.args, self.processes,
-            environment_factory,
+            environment_factory, outcomes,
         )  # fmt: skip
         torch.manual_seed(self.args.seed)
         self.agent = make_text_agent(self.model, self.args)

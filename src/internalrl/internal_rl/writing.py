@@ -102,7 +102,9 @@ class Writing:
         """Ask the rewards about this process's completions; what all processes have together."""
         assert isinstance(environment, Completions)
         tokens = [row[:length] for row, length in zip(result.actions.tolist(), result.length.tolist(), strict=True)]
-        scores = self.rewards(self._columns(environment, tokens))
+        columns = self._columns(environment, tokens)
+        scores, came = self.rewards(columns), self.rewards.tried(columns)
+        numbered = None if came is None else [f"{n} {what}" for n, what in zip(environment.numbers, came, strict=True)]
         clipped = [row[-1] not in self.ends for row in tokens]
         own = zip(environment.numbers.tolist(), map(len, tokens), clipped, scores.tolist(), strict=True)
         numbers, lengths, cut, rows = zip(*self.processes.gather(list(own)), strict=True)
@@ -122,7 +124,7 @@ class Writing:
             "completions/clipped_ratio": float(np.mean(cut)),
             **self._more_metrics(environment),
         }
-        return Outcome(reward, groups, metrics)
+        return Outcome(reward, groups, metrics, None if numbered is None else self.processes.gather(numbered))
 
     def _scores(self, scores: Tensor) -> dict[str, float | None]:
         """Mean and standard deviation of what each function says, over the completions that it speaks of."""
