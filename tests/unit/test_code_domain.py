@@ -26,7 +26,7 @@ from internalrl.domains.code import (
     write_jsonl,
 )
 from internalrl.domains.code_idioms import DEFAULT, HELPERS, IDIOMS, LARGE, variants
-from internalrl.domains.code_tasks import evaluate, fewest_unseen, make_task, passes_tests, reward, tasks
+from internalrl.domains.code_tasks import evaluate, fewest_unseen, make_task, passes_tests, returned, reward, tasks
 from internalrl.domains.code_tokenizer import boundaries, build_tokenizer, check_tokenizer, load_tokenizer
 from internalrl.domains.sandbox import Sandbox
 from internalrl.errors import InternalRLError
@@ -458,3 +458,10 @@ def test_a_dataset_of_tasks_is_rewarded_row_by_row() -> None:
     assert passes_tests(completions, asked, **columns) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     with pytest.raises(InternalRLError, match="no idiom 'juggle'"):
         passes_tests(["return x\n"], [["juggle"]])
+
+
+def test_programs_that_do_the_same_come_to_the_same() -> None:
+    bodies = ["x = x[::-1]\n    return x\n", "x.reverse()\n    return x\n", "return x\n"]
+    one, same, other = returned(bodies, prompts=[PROMPT] * 3)
+    assert one == same != other
+    assert returned(["return y\n", "return (\n", "while x:\n        pass\n    return x\n"]) == ["failed"] * 3

@@ -115,6 +115,17 @@ def passes_tests(completions: Sequence[str], chain: Sequence[Sequence[str]], **_
     return rewards
 
 
+def returned(completions: Sequence[str], **_: object) -> list[str]:
+    """What programs make of the tests' inputs, for exploration; see `internal_rl.novelty`."""
+    outcomes = _shared_sandbox().run([PROMPT + completion for completion in completions], hidden_inputs())
+    return [what_came(outcome) for outcome in outcomes]
+
+
+def what_came(outcome: Outcome) -> str:
+    """The outputs of a program as a string, the same for all that failed."""
+    return json.dumps(outcome.outputs) if outcome.status == "ran" else "failed"
+
+
 @dataclass(frozen=True)
 class TaskRewards:
     """Functions for internal RL, which run a batch once between them.
@@ -142,8 +153,7 @@ def task_rewards(task: CodeTask, sandbox: Sandbox) -> TaskRewards:
         return [float(outcome.status == "ran") for outcome in judge(tuple(completions))[0]]
 
     def outcomes(completions: list[str]) -> list[str]:
-        ran = judge(tuple(completions))[0]
-        return [json.dumps(outcome.outputs) if outcome.status == "ran" else "failed" for outcome in ran]
+        return [what_came(outcome) for outcome in judge(tuple(completions))[0]]
 
     return TaskRewards(success, runs, outcomes)
 
