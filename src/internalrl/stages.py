@@ -209,7 +209,7 @@ class PolicyGradientConfig(Checked):
     replay: Natural = 0
     """Successes that a policy over codes learns from again with every batch, the newest; for rewards so rare that one
     iteration's learning from them is lost."""
-    decision_cost: NotNegative = 0.7
+    decision_cost: NotNegative = 1.0
     """Where nothing is rewarded and outcomes are known: what a decision costs, in nats of novelty."""
     initial_std: Positive = 1.2
     """Standard deviation of the policy's codes at the start; 1 is the prior's."""
@@ -386,7 +386,7 @@ def _code_reinforcement() -> CompletionConfig:
 def _code_baseline() -> CompletionConfig:
     return CompletionConfig(
         agent="raw-action", batch_size=1024, max_completion_length=160, lr=1e-3, epochs=1, temperature=1.0,
-        decision_cost=0.04,
+        decision_cost=0.06,
     )  # fmt: skip
 
 

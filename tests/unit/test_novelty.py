@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from internalrl.errors import InternalRLError
-from internalrl.internal_rl.novelty import Novelty
+from internalrl.internal_rl.novelty import SCALE, Novelty
 from internalrl.internal_rl.trainer import InternalRLTrainer
 from internalrl.runlog import read_metrics
 from internalrl.stages import InternalRLConfig
@@ -30,7 +30,10 @@ def test_it_counts() -> None:
             expected.append(-math.log(1 + met[outcome]) - 0.7 * count)
             met[outcome] += 1
         assert_close(novelty.worth(batch, decisions), torch.tensor(expected))
-    assert int(novelty.counts.sum()) == met.total()
+    advantages = novelty.advantages(["e", "a", "e"], [2, 2, 2])
+    assert_close(advantages.mean(), torch.tensor(0.0))
+    assert_close(advantages[0] - advantages[1], torch.tensor(SCALE * math.log(1 + met["a"])))
+    met["a"] += 1
     again = Novelty(0.7)
     again.load_state_dict(novelty.state_dict())
     assert again.worth(["a"], [0]).item() == pytest.approx(-math.log(1 + met["a"]))

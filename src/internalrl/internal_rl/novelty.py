@@ -6,9 +6,10 @@ came to what n others came to before is then worth
 
     −log(1 + n) − c ℓ
 
-Counts are hashed (Tang et al., 2017). The cost c of a decision keeps episodes as short as there is something new to
-find: a bonus for what is new, alone, is had most easily by what is long. One success ends it, since from then on there
-is something to learn from.
+and its advantage is what that is above the mean. It is not divided by the standard deviation: where all that is tried
+is new, differences are noise, which must not be enlarged. Counts are hashed (Tang et al., 2017). The cost c of a
+decision keeps episodes as short as there is something new to find: a bonus for what is new, alone, is had most easily
+by what is long. One success ends it, since from then on there is something to learn from.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 SLOTS = 2**20
+SCALE = 0.3  # of a nat of novelty beside an advantage of 1, which is a success's standard deviation
 
 
 class Novelty(nn.Module):
@@ -35,6 +37,11 @@ class Novelty(nn.Module):
         super().__init__()
         self.decision_cost = decision_cost
         self.register_buffer("counts", torch.zeros(SLOTS, dtype=torch.int32))
+
+    def advantages(self, outcomes: Sequence[str], decisions: Sequence[int]) -> Tensor:
+        """(N,): `worth` above its mean, times SCALE."""
+        worth = self.worth(outcomes, decisions)
+        return SCALE * (worth - worth.mean())
 
     def worth(self, outcomes: Sequence[str], decisions: Sequence[int]) -> Tensor:
         """(N,): what N episodes with these outcomes and numbers of decisions are worth; they count from now on, each

@@ -161,7 +161,7 @@ def reinforce(
             decisions, reward, groups, own = replay.join(decisions, reward, groups, own, processes)
         advantage = advantages(reward, groups)
         if outcome.tried is not None and not advantage.any():
-            advantage = advantages(novelty.worth(outcome.tried, taken), groups)
+            advantage = novelty.advantages(outcome.tried, taken)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, 2 * (1 - iteration / iterations))
         if advantage.any():  # equal rewards: nothing to learn from
