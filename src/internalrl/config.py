@@ -77,7 +77,7 @@ _TEXT: Mapping[str, Mapping[str, Any]] = {
             "steps": 0,
         },
     },
-    "reinforce": {"lr": 2e-3, "epochs": 8, "clip_coef": 1.0, "initial_std": 1.3, "replay": 64, "temperature": 0.3},
+    "reinforce": {"lr": 2e-3, "epochs": 8, "clip_coef": 1.0, "initial_std": 1.0, "replay": 64, "temperature": 0.3},
 }
 """Texts: codes are proposed by the tokens that follow; few successes among many texts are enlarged; see docs/log.md."""
 

@@ -9,7 +9,9 @@ came to what n others came to before is then worth
 and its advantage is what that is above the mean. It is not divided by the standard deviation: where all that is tried
 is new, differences are noise, which must not be enlarged. Counts are hashed (Tang et al., 2017). The cost c of a
 decision keeps episodes as short as there is something new to find: a bonus for what is new, alone, is had most easily
-by what is long. One success ends it, since from then on there is something to learn from.
+by what is long. One success ends it, since from then on there is something to learn from. A policy over codes moves
+its means alone meanwhile: few failures and long episodes are had most easily from a small standard deviation, which
+then covers ever fewer outcomes.
 """
 
 from __future__ import annotations

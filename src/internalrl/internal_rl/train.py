@@ -159,9 +159,11 @@ def reinforce(
         reward, groups, own = outcome.reward, outcome.groups, list(share)
         if replay is not None:
             decisions, reward, groups, own = replay.join(decisions, reward, groups, own, processes)
-        advantage = advantages(reward, groups)
+        advantage, exploring = advantages(reward, groups), False
         if outcome.tried is not None and not advantage.any():
-            advantage = novelty.advantages(outcome.tried, taken)
+            advantage, exploring = novelty.advantages(outcome.tried, taken), True
+        if isinstance(agent.module, Policy):
+            agent.module.log_std.requires_grad_(not exploring)  # else it shrinks, and with it what codes can find
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, 2 * (1 - iteration / iterations))
         if advantage.any():  # equal rewards: nothing to learn from
