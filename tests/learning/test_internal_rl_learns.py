@@ -105,9 +105,13 @@ class Lock:
 
 @pytest.mark.parametrize("known", ["nothing", "numbers", "one outcome"])
 def test_what_was_tried_is_not_tried_again(known: str, tmp_path: Path) -> None:
-    """One in 8⁵: not found in 40,000 draws, but soon by one who remembers which numbers failed."""
+    """One in 8⁵: not found in 40,000 draws, but soon by one who remembers which numbers failed.
+
+    Before there is a success, means move, and the standard deviation does not.
+    """
     torch.manual_seed(0)
     lock = Lock()
+    deviation, mean = (weight.detach().clone() for weight in (lock.module.log_std, lock.module.mean.bias))
 
     def judge(environment: Any, result: Rollout) -> Outcome:
         tried = {"nothing": None, "numbers": lock.numbers, "one outcome": [""] * EPISODES}[known]
@@ -117,3 +121,6 @@ def test_what_was_tried_is_not_tried_again(known: str, tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", {}, seed=0)
     success = reinforce(lock, lambda _: np.zeros(0), config, run, judge=judge)["success"]
     assert success > 0.9 if known == "numbers" else success < 0.1
+    if known == "one outcome":
+        assert torch.equal(lock.module.log_std, deviation)
+        assert not torch.equal(lock.module.mean.bias, mean)
