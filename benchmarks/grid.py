@@ -36,10 +36,10 @@ def play(seed: int, part: str) -> None:
 
     from internalrl.configio import to_dict
     from internalrl.demo import main as demo
+    from internalrl.demo_config import DemoConfig
     from internalrl.internal_rl.train import grid_environments, make_agent, reinforce
     from internalrl.metacontroller.steered import SteeredModel
     from internalrl.runlog import RunFolder
-    from internalrl.stages import DemoConfig
 
     torch.set_num_threads(1)
     folder, config = RUNS / f"seed-{seed}", DemoConfig()

@@ -8,11 +8,12 @@ import torch
 
 from internalrl.base.pretrain_text import build_language_model, save_language_model
 from internalrl.configio import to_dict
+from internalrl.demo_config import CodeDemoConfig
 from internalrl.domains.code import CodeConfig
 from internalrl.domains.code_tokenizer import build_tokenizer
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
-from internalrl.stages import CodeDemoConfig, PretrainTextConfig
+from internalrl.stages import PretrainTextConfig
 from tests.language import adapter_sizes, randomise
 from tests.tiny import widen
 

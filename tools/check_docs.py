@@ -1,4 +1,5 @@
-"""Check the documentation: printed commands exist and parse, relative links resolve, no path of one machine.
+"""Check the documentation: printed commands exist and parse, benchmarks exist and know their options, relative links
+resolve, no path of one machine.
 
 Looks at README.md and docs/*.md; nothing in them is run. Exits with 1 and one line per finding.
 """
@@ -54,6 +55,8 @@ def command_problem(words: list[str], targets: set[str]) -> str | None:
     if words[:1] == ["make"]:
         unknown = [word for word in words[1:] if "=" not in word and word not in targets]
         return f"the Makefile has no target {unknown[0]}" if unknown else None
+    if any(word.startswith("benchmarks/") for word in words[1:2]):
+        return benchmark_problem(ROOT / words[1], words[2:])
     if not words or Path(words[0]).name != "internalrl" or words[1:] in ([], ["--help"], ["--version"]):
         return None
     try:
@@ -64,6 +67,15 @@ def command_problem(words: list[str], targets: set[str]) -> str | None:
     except SystemExit:  # --help
         pass
     return None
+
+
+def benchmark_problem(script: Path, words: list[str]) -> str | None:
+    """Why a benchmark would not take these words; None when it exists and every option is in its source."""
+    if not script.exists():
+        return f"there is no {script.name}"
+    source = script.read_text(encoding="utf-8")
+    unknown = [word for word in words if word.startswith("--") and f'"{word}"' not in source]
+    return f"{script.name} has no option {unknown[0]}" if unknown else None
 
 
 if __name__ == "__main__":

@@ -77,13 +77,13 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     ),
     "demo": Subcommand(
         "internalrl.demo:main",
-        "internalrl.stages:DemoConfig",
+        "internalrl.demo_config:DemoConfig",
         "all three stages on the grid world, then the report; `internalrl demo code` is the same on programs",
         check="internalrl.demo:check",
     ),
     "demo code": Subcommand(
         "internalrl.demo_code:main",
-        "internalrl.stages:CodeDemoConfig",
+        "internalrl.demo_config:CodeDemoConfig",
         "all three stages on programs, then the report",
         check="internalrl.demo_code:check",
     ),

@@ -1,4 +1,4 @@
-"""The three stages on the grid world, one after the other in one run folder, beside token-level RL."""
+"""The three stages on the grid world, one after the other in one run folder, beside raw-action RL."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from internalrl.base.pretrain import build, pretrain
 from internalrl.base.pretrain import check as check_grid
 from internalrl.base.pretrain import evaluate as evaluate_base
 from internalrl.base.trajectory import load_trajectory_model, save_trajectory_model
+from internalrl.demo_config import DemoConfig
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.grid import GridMaterial
 from internalrl.discovery.train import discover
@@ -23,7 +24,7 @@ from internalrl.internal_rl.train import grid_environments, make_agent, reinforc
 from internalrl.metacontroller.adapter import Adapter
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
-from internalrl.stages import DemoConfig, ReportConfig
+from internalrl.stages import ReportConfig
 
 
 def main(config: DemoConfig, run: RunFolder) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from internalrl.analysis import report
 from internalrl.base.loading import load_base
 from internalrl.base.pretrain_text import build_language_model, completion_nll, pretrain_text, save_language_model
 from internalrl.base.text_data import tokenise
+from internalrl.demo_config import CodeDemoConfig
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.programs import CodeDomain
 from internalrl.discovery.text import TextMaterial
@@ -29,7 +30,7 @@ from internalrl.internal_rl.writing import Writing
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.processes import Processes
 from internalrl.runlog import RunFolder
-from internalrl.stages import CodeDemoConfig, CompletionConfig, ReportConfig
+from internalrl.stages import CompletionConfig, ReportConfig
 from internalrl.streams import Stream
 
 CODE = CodeConfig()

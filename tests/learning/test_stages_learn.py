@@ -13,13 +13,13 @@ import torch
 
 from internalrl.base.pretrain import build, pretrain
 from internalrl.configio import from_dict, load_yaml
+from internalrl.demo_config import DemoConfig
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.grid import GridMaterial
 from internalrl.discovery.train import discover
 from internalrl.internal_rl import train
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
-from internalrl.stages import DemoConfig
 
 SEED = 0
 CONFIG: DemoConfig = from_dict(DemoConfig, load_yaml(Path(__file__).parents[2] / "docs" / "small-grid.yaml"))

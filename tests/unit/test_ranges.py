@@ -13,13 +13,13 @@ import yaml
 
 from internalrl import cli, demo
 from internalrl.configio import from_dict
+from internalrl.demo_config import DemoConfig
 from internalrl.errors import InternalRLError, OptionError
 from internalrl.ranges import Range
 from internalrl.runlog import RunFolder
 from internalrl.stages import (
     BaseConfig,
     ConsolidateConfig,
-    DemoConfig,
     DiscoverConfig,
     EvaluateConfig,
     ReinforceConfig,
