@@ -522,6 +522,7 @@ def test_adapters_come_and_go_while_others_run(
         running = engine.submit(request)
         events = iter(running)
         next(events)
+        gc.collect()  # of a large process it takes longer than what is timed
         began = time.perf_counter()
         engine.add_adapter("new", folder)
         seconds = time.perf_counter() - began
