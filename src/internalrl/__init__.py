@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "GridConfig": "internalrl.domains.grid",
+    "InternalEnvironment": "internalrl.internal_rl.environment",
     "InternalRLConfig": "internalrl.stages",
     "InternalRLError": "internalrl.errors",
     "InternalRLTrainer": "internalrl.internal_rl.trainer",
