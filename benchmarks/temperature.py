@@ -41,12 +41,10 @@ from internalrl.domains.code_tasks import CodeTask, hidden_inputs, tasks
 from internalrl.domains.code_tokenizer import load_tokenizer
 from internalrl.domains.sandbox import Outcome, Sandbox
 from internalrl.internal_rl.completions import Completions
-from internalrl.internal_rl.trainer import bare
 from internalrl.metacontroller.adapter import base_fingerprint
 from internalrl.metacontroller.rollout import rollout
-from internalrl.metacontroller.steered import SteeredModel
+from internalrl.metacontroller.steered import SteeredModel, bare
 from internalrl.runlog import environment
-from internalrl.stages import InternalRLConfig
 from internalrl.streams import Stream
 
 TOKENS = (0.3, 0.7, 1.0, 1.5)
@@ -104,7 +102,7 @@ def judge(completions: list[str], sandbox: Sandbox) -> dict[str, Any]:
 def study(base: Path, adapter: Path, seed: int) -> dict[str, Any]:
     """All settings on one base."""
     model, tokenizer = load_base(base), load_tokenizer(base, CODE)
-    plain = bare(model, InternalRLConfig(agent="raw-action"))
+    plain = bare(model)
     steered = SteeredModel.from_pretrained(model, adapter)
     settings = [(plain, 0.0, temperature) for temperature in TOKENS]
     settings += [(steered, code, temperature) for temperature in UNDER_CODES for code in CODES]

@@ -25,9 +25,9 @@ from internalrl.domains.sandbox import Sandbox
 from internalrl.errors import InternalRLError
 from internalrl.internal_rl.rewards import Rewards
 from internalrl.internal_rl.train import RECENT
-from internalrl.internal_rl.trainer import bare, make_text_agent
+from internalrl.internal_rl.trainer import make_text_agent
 from internalrl.internal_rl.writing import Writing
-from internalrl.metacontroller.steered import SteeredModel
+from internalrl.metacontroller.steered import SteeredModel, bare
 from internalrl.processes import Processes
 from internalrl.runlog import RunFolder
 from internalrl.stages import CompletionConfig, ReportConfig
@@ -69,7 +69,7 @@ def main(config: CodeDemoConfig, run: RunFolder) -> dict[str, Any]:
         internal = reinforce(make_writing(steered, tokenizer, rewards, budget), run, "reinforce")
         steered.save_pretrained(run.path / "adapter", {"demo": {"seed": run.seed, "task": list(task.chain)}})
         budget = replace(config.raw_action, agent="raw-action", episodes=internal["episodes"])
-        raw = reinforce(make_writing(bare(run.path / "base", budget), tokenizer, rewards, budget), run, "raw-action")
+        raw = reinforce(make_writing(bare(run.path / "base"), tokenizer, rewards, budget), run, "raw-action")
     seconds |= {"reinforce": internal["seconds"], "raw-action": raw["seconds"]}
 
     summary = {

@@ -343,13 +343,19 @@ class EvaluateConfig(Checked):
     task: str | None = None
     """Colours to visit in order, such as 0-1-4-5; by default the run's own task."""
     episodes: Count = 1024
-    """Episodes to play, each on a new layout."""
+    """Episodes to play, each on a new layout, or completions to write."""
     controller: Literal["policy", "prior", "off"] = "policy"
     """Who chooses the codes: the trained policy, N(0, I), or nobody, which leaves the bare base model."""
     deterministic: bool = False
     """Take the policy's mean code; with the controller off, the base model's best action."""
     forget: bool | None = None
     """Cut the base model's context at every switch; by default as the run was reinforced."""
+    prompts: Path | None = None
+    """Of a language model: JSONL file as for `reinforce`, whose prompts are completed in turn; by default the run's."""
+    rewards: tuple[str, ...] = ()
+    """Of a language model: reward functions of completions, as dotted paths; by default the run's."""
+    max_completion_length: Annotated[int | None, Range(1)] = None
+    """Of a language model: the most tokens of a completion; by default as the run was reinforced."""
 
 
 @dataclass(frozen=True)

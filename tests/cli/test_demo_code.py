@@ -94,6 +94,10 @@ def test_stages_are_those_that_other_commands_know(folder: Path, capsys: pytest.
     adapter = json.loads((folder / "whole" / "adapter" / "adapter_config.json").read_text())
     assert adapter["provenance"]["demo"] == {"seed": 0, "task": ["total", "index"]}
     assert (folder / "whole" / "discovered" / "adapter_config.json").exists()
+    assert cli.main(["evaluate", "whole", "--episodes", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 <= found["rewards/passes_tests/mean"] == found["reward"] <= 1
+    assert found["mean_length"] <= 30
 
 
 @pytest.mark.parametrize("calls", [2, 8])

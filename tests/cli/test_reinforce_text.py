@@ -1,4 +1,4 @@
-"""`internalrl reinforce` with prompts: a YAML file, dotted reward paths, the run folder, and what is refused."""
+"""`internalrl reinforce` with prompts: a YAML file, dotted reward paths, the run folder, refusals; then `evaluate`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from internalrl import cli
+from internalrl.analysis import evaluate_text
 from internalrl.base.pretrain_text import save_language_model
 from internalrl.metacontroller.steered import SteeredModel
+from internalrl.runlog import RunFolder
 from tests.conversing import rows, steered_answers, talking
 from tests.language import language_model, steer
 from tests.written import letters
@@ -18,6 +21,10 @@ from tests.written import letters
 
 def half_of(completions: list[str], weight: list[float], **columns: Any) -> list[float]:
     return [w * sum(letter < "k" for letter in text) / 4 for text, w in zip(completions, weight, strict=True)]
+
+
+def length(completion_ids: list[list[int]]) -> list[float]:
+    return [float(len(tokens)) for tokens in completion_ids]
 
 
 @pytest.fixture
@@ -48,9 +55,92 @@ def test_a_language_model_is_reinforced(discovered: Path) -> None:
     assert again.provenance["reinforce"]["rewards"] == ["tests.cli.test_reinforce_text.half_of"]
 
 
+def evaluate(folder: Path, *options: str) -> int:
+    return cli.main(["evaluate", str(folder / "run"), "--episodes", "9", "--json", *options])
+
+
+def test_a_reinforced_model_is_evaluated(
+    discovered: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts in turn, in parts, judged by the run's rewards: the mean over all completions."""
+    reinforce(discovered)
+    capsys.readouterr()
+    seen: list[list[Any]] = []
+    own = half_of
+
+    def spy(completions: list[str], weight: list[float], **columns: Any) -> list[float]:
+        rewards = own(completions, weight)
+        seen.append(list(zip(completions, weight, rewards, strict=True)))
+        return rewards
+
+    monkeypatch.setattr("tests.cli.test_reinforce_text.half_of", spy)
+    monkeypatch.setattr(evaluate_text, "CHUNK", 4)
+    found = {}
+    for options in ((), ("--controller", "prior"), ("--controller", "off"), ("--deterministic",)):
+        seen.clear()
+        assert evaluate(discovered, *options) == 0
+        found[options] = json.loads(capsys.readouterr().out)
+        first = seen.copy()
+        assert [len(part) for part in first] == [4, 4, 1]
+        assert [weight for part in first for _, weight, _ in part] == [1, 2] * 4 + [1]
+        rewards = np.array([reward for part in first for *_, reward in part])
+        assert found[options]["reward"] == found[options]["rewards/spy/mean"] == pytest.approx(rewards.mean())
+        assert found[options]["reward_standard_error"] == pytest.approx(rewards.std() / 3, rel=1e-4)
+        seen.clear()
+        evaluate(discovered, *options)
+        capsys.readouterr()
+        assert seen == first
+    assert found[()]["prompts"] == 2
+    assert found["--controller", "off"]["segments_per_episode"] is None
+    assert found[()]["segments_per_episode"] >= 1
+
+
+def test_other_prompts_and_rewards_are_evaluated(discovered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reinforce(discovered)
+    (discovered / "one.jsonl").write_text('{"prompt": "k"}\n')
+    capsys.readouterr()
+    others = ("--prompts", str(discovered / "one.jsonl"), "--rewards", "tests.cli.test_reinforce_text.length")
+    assert evaluate(discovered, *others, "--max-completion-length", "3") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompts"] == 1
+    assert 0 < found["reward"] == found["mean_length"] <= 3
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--task", "0-1"], "--task and --forget are for grids"),
+        (["--prompts", "nowhere.jsonl"], "Cannot read nowhere.jsonl"),
+        (["--rewards", "no.such.function"], "There is no function no.such.function"),
+    ],
+)
+def test_what_cannot_be_evaluated(
+    options: list[str], sentence: str, discovered: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reinforce(discovered)
+    assert evaluate(discovered, *options) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_run_without_prompts_or_policy_is_not_evaluated_alone(
+    discovered: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = discovered / "run"
+    RunFolder.create(run, {}, seed=0)
+    for part in ("base", "adapter"):
+        (discovered / "discovered" / part).rename(run / part)
+    assert evaluate(discovered, "--controller", "prior") == 2
+    assert "no prompts and rewards of its own" in capsys.readouterr().err
+    given = ("--prompts", str(discovered / "prompts.jsonl"), "--rewards", "tests.cli.test_reinforce_text.half_of")
+    assert evaluate(discovered, *given) == 2
+    assert "has no policy to choose codes with" in capsys.readouterr().err
+    assert evaluate(discovered, *given, "--controller", "prior", "--max-completion-length", "4") == 0
+
+
 def test_raw_tokens_are_reinforced(discovered: Path) -> None:
     assert reinforce(discovered, "--agent", "raw-action", "--temperature", "1") == 0
     assert (discovered / "run" / "base" / "tokenizer.json").is_file()
+    assert evaluate(discovered, "--controller", "off") == 0
 
 
 def test_environments_are_named_by_a_path(tmp_path: Path) -> None:
@@ -67,6 +157,7 @@ def test_environments_are_named_by_a_path(tmp_path: Path) -> None:
     (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert line["tools/call_frequency"] > 0.5
     assert line["completions/max_length"] > 40
+    assert evaluate(tmp_path) == 0
 
 
 @pytest.mark.parametrize(

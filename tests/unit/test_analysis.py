@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from internalrl.analysis import evaluate, figures, measure, report
 from internalrl.analysis.episodes import stories
-from internalrl.analysis.evaluate import bare, play, wilson
+from internalrl.analysis.evaluate import play, wilson
 from internalrl.analysis.markup import duration, flat
 from internalrl.analysis.measure import NO_SUBGOAL, Codes, coding, plane, references, segment_subgoal
 from internalrl.analysis.probe import _listening, limits, probe
@@ -24,6 +24,7 @@ from internalrl.base.residual import ResidualTap
 from internalrl.discovery.evaluate import alignment
 from internalrl.domains.grid import POST_TRAINING_TASK, GridConfig, demonstrate, pretraining_tasks
 from internalrl.errors import InternalRLError
+from internalrl.metacontroller.steered import bare
 from internalrl.runlog import RunFolder
 from internalrl.stages import EvaluateConfig, ReportConfig
 from tests.finished import SMALL, STAGES, finished_run, small_base, small_steered

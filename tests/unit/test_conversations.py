@@ -18,10 +18,10 @@ from torch.testing import assert_close
 from internalrl.errors import InternalRLError
 from internalrl.internal_rl.agents import InternalAgent, RawTokenAgent
 from internalrl.internal_rl.conversations import Conversations, Host
-from internalrl.internal_rl.trainer import InternalRLTrainer, bare
+from internalrl.internal_rl.trainer import InternalRLTrainer
 from internalrl.metacontroller.policy import Policy
 from internalrl.metacontroller.rollout import RowChance, rollout
-from internalrl.metacontroller.steered import SteeredModel
+from internalrl.metacontroller.steered import SteeredModel, bare
 from internalrl.runlog import read_metrics
 from internalrl.stages import InternalRLConfig
 from tests.conversing import CALL, PROMPT, Box, conversational, right, rows, steered_answers, talking
@@ -155,7 +155,7 @@ def test_parts_of_a_batch_are_the_whole(kind: str, steered: SteeredModel, monkey
 
 def test_only_own_tokens_are_scored() -> None:
     base = conversational()
-    agent = RawTokenAgent(bare(base, InternalRLConfig(agent="raw-action", temperature=0.7)), 0.7)
+    agent = RawTokenAgent(bare(base), 0.7)
     environment = conversations(8)
     result, decisions = agent.play(environment, chance(8))
     assert torch.equal(decisions.mask, result.mask & ~result.given)

@@ -18,9 +18,9 @@ from internalrl.errors import InternalRLError
 from internalrl.internal_rl.agents import InternalAgent, RawTokenAgent
 from internalrl.internal_rl.completions import Completions, pad_prompts
 from internalrl.internal_rl.objective import advantages, clipped_surrogate
-from internalrl.internal_rl.trainer import InternalRLTrainer, bare
+from internalrl.internal_rl.trainer import InternalRLTrainer
 from internalrl.metacontroller.rollout import Rollout, RowChance, choose, rollout
-from internalrl.metacontroller.steered import SteeredModel
+from internalrl.metacontroller.steered import SteeredModel, bare
 from internalrl.stages import InternalRLConfig
 from tests.language import EOS, language_model, pad_left, prompts, steered_language_model
 from tests.tiny import N_Z, close
@@ -145,7 +145,7 @@ def test_the_ratio_is_one_at_first() -> None:
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_raw_tokens_are_scored_as_the_bare_base_would(temperature: float) -> None:
     base = language_model()
-    agent = RawTokenAgent(bare(base, InternalRLConfig(agent="raw-action", temperature=temperature)), temperature)
+    agent = RawTokenAgent(bare(base), temperature)
     result, decisions = agent.play(completions(), chance())
     log_prob = agent.log_prob(decisions)
     for row, prompt in enumerate(PROMPTS):

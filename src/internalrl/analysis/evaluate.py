@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
-from transformers import PreTrainedModel
 
+from internalrl.analysis import evaluate_text
 from internalrl.analysis.runs import find, open_models, run_task
+from internalrl.base.loading import load_base
+from internalrl.base.trajectory import TrajectoryModel
 from internalrl.domains.grid import GridBatch, GridConfig, Layouts, parse_task, sample_layouts
 from internalrl.errors import InternalRLError
 from internalrl.metacontroller.limits import Limits
 from internalrl.metacontroller.policy import PolicyActor
 from internalrl.metacontroller.rollout import Rollout, prior, rollout
-from internalrl.metacontroller.steered import Propose, SteeredModel
+from internalrl.metacontroller.steered import Propose, SteeredModel, bare
 from internalrl.runlog import RunFolder, read_run
-from internalrl.stages import EvaluateConfig, MetacontrollerConfig
+from internalrl.stages import EvaluateConfig
 from internalrl.streams import Stream
 
 CHUNK = 1024
@@ -44,11 +45,19 @@ class Episodes:
 
 
 def main(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
+    """Evaluate the models of `run` on the grid, or, if the base is a language model, on texts."""
+    base = load_base(run.path / "base")
+    return evaluate_grid(config, run) if isinstance(base, TrajectoryModel) else evaluate_text.main(config, run, base)
+
+
+def evaluate_grid(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
     """Play `config.task` with the models of `run`, a policy within the limits that it was trained with.
 
     Returns success with its 95 % interval, mean length, segments per episode (None with the controller off),
     the fractions that ended on a wrong colour and at the horizon, and seconds.
     """
+    if config.prompts is not None or config.rewards:
+        raise InternalRLError("--prompts and --rewards are for language models; the grid is evaluated with --task.")
     models = open_models(run)
     task = config.task or run_task(run, models.grid)
     parse_task(task, models.grid)
@@ -79,7 +88,12 @@ def measure(
     seed: int,
     limits: Limits | None = None,
 ) -> dict[str, Any]:
-    """The result of `main` for models at hand; `temperature` is that of the base's actions, `limits` the policy's."""
+    """The result of `evaluate_grid` for models at hand.
+
+    Args:
+        temperature: of the base's actions.
+        limits: of the policy.
+    """
     began = time.monotonic()
     wins = timeouts = steps = segments = 0
     for part in play(steered, grid, task, config, temperature, seed, limits):
@@ -121,13 +135,6 @@ def play(
         propose = _proposer(steered, config, count, generator, limits)
         result = rollout(steered, GridBatch(grid, layouts, goal), propose, temperature, bool(config.forget), generator)
         yield _replay(GridBatch(grid, layouts, goal), result)
-
-
-def bare(base: PreTrainedModel) -> SteeredModel:
-    """The base model alone, as a steered model whose controller is zero whatever the code."""
-    steered = SteeredModel.from_base(base, MetacontrollerConfig())
-    nn.init.zeros_(steered.metacontroller.up)
-    return steered
 
 
 def _proposer(

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from internalrl.analysis.evaluate import bare
 from internalrl.analysis.material import Material, Words
 from internalrl.analysis.measure import Codes, Coding, References, coding
 from internalrl.analysis.runs import find
@@ -30,7 +29,7 @@ from internalrl.internal_rl.completions import Completions, pad_prompts
 from internalrl.metacontroller.codes import Propose
 from internalrl.metacontroller.policy import PolicyActor
 from internalrl.metacontroller.rollout import RowChance, prior, rollout
-from internalrl.metacontroller.steered import SteeredModel
+from internalrl.metacontroller.steered import SteeredModel, bare
 from internalrl.runlog import RunFolder
 from internalrl.streams import Stream
 

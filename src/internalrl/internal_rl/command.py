@@ -12,9 +12,9 @@ from internalrl.errors import InternalRLError
 from internalrl.internal_rl import train
 from internalrl.internal_rl.conversing import make_writing
 from internalrl.internal_rl.rewards import load_function
-from internalrl.internal_rl.trainer import bare, make_text_agent
+from internalrl.internal_rl.trainer import make_text_agent
 from internalrl.internal_rl.writing import Writing
-from internalrl.metacontroller.steered import SteeredModel
+from internalrl.metacontroller.steered import SteeredModel, bare
 from internalrl.processes import Processes
 from internalrl.runlog import RunFolder
 from internalrl.stages import ReinforceConfig
@@ -49,7 +49,7 @@ def _writing(config: ReinforceConfig) -> Writing:
         raise InternalRLError("Limits are for grids as yet; leave --limits out.")
     folder = config.discovered / "base"
     if config.agent == "raw-action":
-        steered = bare(folder, config)
+        steered = bare(folder)
     else:
         steered = SteeredModel.from_pretrained(folder, config.discovered / "adapter")
     tokenizer = load_tokenizer(folder)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from internalrl.base.loading import load_base, load_tokenizer
+from internalrl.base.loading import load_tokenizer
 from internalrl.base.pretrain_text import save_language_model
 from internalrl.base.text_data import Rows
 from internalrl.errors import InternalRLError
@@ -31,10 +31,10 @@ from internalrl.internal_rl.conversing import make_writing
 from internalrl.internal_rl.rewards import Reward
 from internalrl.metacontroller.adapter import base_fingerprint
 from internalrl.metacontroller.policy import Policy
-from internalrl.metacontroller.steered import SteeredModel
+from internalrl.metacontroller.steered import SteeredModel, bare
 from internalrl.processes import Processes
 from internalrl.runlog import RunFolder
-from internalrl.stages import InternalRLConfig, MetacontrollerConfig, PolicyGradientConfig
+from internalrl.stages import InternalRLConfig, PolicyGradientConfig
 
 
 class InternalRLTrainer:
@@ -67,7 +67,12 @@ class InternalRLTrainer:
     ):
         self.args = args or InternalRLConfig()
         self.processes = Processes.join()
-        self.model = model if isinstance(model, SteeredModel) else bare(model, self.args)
+        if not isinstance(model, SteeredModel) and self.args.agent == "internal":
+            raise InternalRLError(
+                "Internal RL needs a steered model, whose codes mean something: give the SteeredModel that `discover` "
+                "trained, or agent='raw-action' for token-level RL."
+            )
+        self.model = model if isinstance(model, SteeredModel) else bare(model)
         name = model if isinstance(model, str | Path) else self.model.base.name_or_path
         self.processing_class = processing_class or load_tokenizer(name)
         self.writing = make_writing(
@@ -112,18 +117,6 @@ class InternalRLTrainer:
             run = RunFolder(path, seed, resume, silent=True)
         self.processes.wait()
         return run
-
-
-def bare(model: PreTrainedModel | str | Path, config: PolicyGradientConfig) -> SteeredModel:
-    """A language model under a controller that does nothing, for raw-token RL."""
-    if config.agent == "internal":
-        raise InternalRLError(
-            "Internal RL needs a steered model, whose codes mean something: give the SteeredModel that `discover` "
-            "trained, or agent='raw-action' for token-level RL."
-        )
-    steered = SteeredModel.from_base(load_base(model), MetacontrollerConfig())
-    torch.nn.init.zeros_(steered.metacontroller.up)
-    return steered
 
 
 def make_text_agent(steered: SteeredModel, config: PolicyGradientConfig) -> Agent:

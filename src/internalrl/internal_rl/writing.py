@@ -101,8 +101,7 @@ class Writing:
     def judge(self, environment: BatchEnvironment, result: Rollout) -> Outcome:
         """Ask the rewards about this process's completions; what all processes have together."""
         assert isinstance(environment, Completions)
-        tokens = [row[:length] for row, length in zip(result.actions.tolist(), result.length.tolist(), strict=True)]
-        columns = self._columns(environment, tokens)
+        tokens, columns = self.read(environment, result)
         scores, came = self.rewards(columns), self.rewards.tried(columns)
         numbered = None if came is None else [f"{n} {what}" for n, what in zip(environment.numbers, came, strict=True)]
         clipped = [row[-1] not in self.ends for row in tokens]
@@ -117,7 +116,7 @@ class Writing:
             "reward": reward.mean().item(),
             "reward_std": spreads.mean().item(),
             "frac_reward_zero_std": (spreads == 0).float().mean().item(),
-            **self._scores(scores),
+            **self.said(scores),
             "completions/mean_length": float(np.mean(lengths)),
             "completions/min_length": min(lengths),
             "completions/max_length": max(lengths),
@@ -126,8 +125,8 @@ class Writing:
         }
         return Outcome(reward, groups, metrics, None if numbered is None else self.processes.gather(numbered))
 
-    def _scores(self, scores: Tensor) -> dict[str, float | None]:
-        """Mean and standard deviation of what each function says, over the completions that it speaks of."""
+    def said(self, scores: Tensor) -> dict[str, float | None]:
+        """Mean and standard deviation of the `scores` (N, F) of each function, over the completions it speaks of."""
         found: dict[str, float | None] = {}
         for name, column in zip(self.rewards.names, scores.T, strict=True):
             said = column[~column.isnan()]
@@ -135,11 +134,12 @@ class Writing:
             found[f"rewards/{name}/std"] = said.std(correction=0).item() if len(said) else None
         return found
 
-    def _columns(self, environment: Completions, tokens: list[list[int]]) -> dict[str, list[Any]]:
-        """What the rewards are given."""
+    def read(self, environment: Completions, result: Rollout) -> tuple[list[list[int]], dict[str, list[Any]]]:
+        """The tokens of what was written, and the columns that the rewards are given."""
+        tokens = [row[:length] for row, length in zip(result.actions.tolist(), result.length.tolist(), strict=True)]
         rows = [self.rows[int(number)] for number in environment.numbers]
         others = [name for name in rows[0] if name not in ("prompt", "completion")]
-        return {
+        return tokens, {
             **{name: [row.get(name) for row in rows] for name in others},
             "completion_ids": tokens,
             **self._exchanged(environment, tokens),

@@ -24,7 +24,7 @@ from internalrl.metacontroller.policy import Policy
 from internalrl.metacontroller.steering import Share, open_taps
 from internalrl.stages import MetacontrollerConfig
 
-__all__ = ["Decoding", "Propose", "SteeredModel", "Step"]
+__all__ = ["Decoding", "Propose", "SteeredModel", "Step", "bare"]
 
 
 class SteeredModel(nn.Module):
@@ -250,3 +250,10 @@ class SteeredModel(nn.Module):
                 rows = [row for row, own in enumerate(adapter_names) if own == name]
                 shares.append(Share(self._named(name), torch.tensor(rows, device=self.base.device)))
         return shares
+
+
+def bare(base: Base) -> SteeredModel:
+    """The base alone, as a steered model whose controller is zero whatever the code."""
+    steered = SteeredModel.from_base(base, MetacontrollerConfig())
+    nn.init.zeros_(steered.metacontroller.up)
+    return steered

@@ -1,0 +1,135 @@
+"""What the completions of a run's language model are worth, on the run's own prompts or any other ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from internalrl.analysis.runs import find
+from internalrl.base.loading import load_tokenizer
+from internalrl.base.text_data import Rows
+from internalrl.domains.code import PROMPT, CodeConfig
+from internalrl.domains.code_tasks import tasks
+from internalrl.errors import InternalRLError
+from internalrl.internal_rl.completions import Completions
+from internalrl.internal_rl.conversing import make_writing
+from internalrl.internal_rl.rewards import load_function
+from internalrl.internal_rl.writing import Writing
+from internalrl.metacontroller.policy import PolicyActor
+from internalrl.metacontroller.rollout import Rollout, RowChance, prior, rollout
+from internalrl.metacontroller.steered import Propose, SteeredModel, bare
+from internalrl.processes import Processes
+from internalrl.runlog import RunFolder, read_run
+from internalrl.stages import CompletionConfig, EvaluateConfig
+from internalrl.streams import Stream
+
+CHUNK = 512
+"""Completions written at once."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run's model is asked to write, and who judges it."""
+
+    prompts: Rows | str
+    rewards: tuple[str, ...]
+    environment: str | None
+    options: CompletionConfig
+
+
+def main(config: EvaluateConfig, run: RunFolder, base: PreTrainedModel) -> dict[str, Any]:
+    """Let the models of `run` complete prompts, in turn until there are `config.episodes` completions.
+
+    Returns the mean reward with its standard error, the mean of each reward function, mean length in tokens, the
+    fraction that the most tokens cut off, segments per completion (None with the controller off), and seconds.
+    """
+    if config.task is not None or config.forget is not None:
+        raise InternalRLError("--task and --forget are for grids; a language model is evaluated with --prompts.")
+    began, asked = time.monotonic(), find_asked(config, run)
+    steered = choose(config, run, base)
+    factory = None if asked.environment is None else load_function(asked.environment)
+    writing = make_writing(
+        steered, load_tokenizer(run.path / "base"), asked.rewards, asked.prompts, asked.options, Processes(), factory
+    )
+    temperature = asked.options.temperature if config.controller != "off" else 0.0 if config.deterministic else 1.0
+    scores, lengths = [], list[int]()
+    cut = segments = 0
+    for environment, result in write(writing, config, temperature, run.seed):
+        tokens, columns = writing.read(environment, result)
+        scores.append(writing.rewards(columns))
+        lengths += map(len, tokens)
+        cut += sum(row[-1] not in writing.ends for row in tokens)
+        segments += int(result.switch.sum())
+    judged, count = torch.cat(scores), config.episodes
+    reward = writing.rewards.total(judged)
+    return {
+        "prompts": len(writing.rows),
+        "controller": config.controller,
+        "deterministic": config.deterministic,
+        "episodes": count,
+        "reward": reward.mean().item(),
+        "reward_standard_error": reward.std(correction=0).item() / count**0.5,
+        **{name: value for name, value in writing.said(judged).items() if name.endswith("/mean")},
+        "mean_length": float(np.mean(lengths)),
+        "cut_off": cut / count,
+        "segments_per_episode": None if config.controller == "off" else segments / count,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def find_asked(config: EvaluateConfig, run: RunFolder) -> Asked:
+    """The prompts and rewards of `config`, or else the run's own; InternalRLError where neither has any."""
+    stored: Mapping[str, Any] = read_run(run.path)["config"]
+    prompts: Any = find(stored, "prompts") if config.prompts is None else str(config.prompts)
+    rewards, environment = config.rewards or tuple(find(stored, "rewards") or ()), find(stored, "environment")
+    if prompts is None and (idioms := find(stored, "idioms")):  # the demo's task
+        prompts = [{"prompt": PROMPT, "chain": tasks(CodeConfig())[idioms].chain}]
+        rewards = rewards or ("internalrl.domains.code_tasks.passes_tests",)
+    if prompts is None or not (rewards or environment):
+        raise InternalRLError(
+            f"Run {run.path} has no prompts and rewards of its own; give --prompts, a JSONL file, and --rewards."
+        )
+    own = {name: find(stored, name) for name in ("temperature", "max_completion_length")}
+    weights = () if config.rewards or find(stored, "idioms") else tuple(find(stored, "reward_weights") or ())
+    own["max_completion_length"] = config.max_completion_length or own["max_completion_length"]
+    options = {name: value for name, value in own.items() if value is not None}
+    return Asked(prompts, rewards, environment, CompletionConfig(**options, reward_weights=weights))
+
+
+def choose(config: EvaluateConfig, run: RunFolder, base: PreTrainedModel) -> SteeredModel:
+    """The steered model of `run`, or, with the controller off, its base alone."""
+    if config.controller == "off":
+        return bare(base)
+    adapter = run.path / "adapter"
+    steered = SteeredModel.from_pretrained(base, adapter).eval() if adapter.exists() else None
+    if steered is None or (config.controller == "policy" and steered.policy is None):
+        what = "adapter" if steered is None else "policy"
+        raise InternalRLError(
+            f"Run {run.path} has no {what} to choose codes with; evaluate it with --controller off, or give a run that "
+            "has been through all stages."
+        )
+    return steered
+
+
+def write(
+    writing: Writing, config: EvaluateConfig, temperature: float, seed: int
+) -> Iterator[tuple[Completions, Rollout]]:
+    """`config.episodes` completions, at most `CHUNK` at a time; the same seed gives the same ones."""
+    generator, steered = Stream.EVALUATE.torch(seed), writing.steered
+    n_z, horizon = steered.metacontroller.config.n_z, writing.config.max_completion_length
+    for begin in range(0, config.episodes, CHUNK):
+        environment = writing.begin(np.arange(begin, min(begin + CHUNK, config.episodes)) % len(writing.rows))
+        count = len(environment)
+        chance = RowChance.draw(generator, range(count), count, horizon, n_z)
+        if config.controller == "policy":
+            assert steered.policy is not None
+            propose: Propose = PolicyActor(steered.policy, count, chance.codes, config.deterministic)
+        else:
+            propose = prior(n_z, generator)
+        yield environment, rollout(steered, environment, propose, temperature, generator=chance)
