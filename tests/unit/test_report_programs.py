@@ -14,18 +14,27 @@ import pytest
 import torch
 
 from internalrl.analysis import programs, report
-from internalrl.analysis.programs import NO_IDIOM, Piece, Program, following, idiom_of, in_idioms, obedience, segments
+from internalrl.analysis.programs import (
+    NO_IDIOM,
+    Piece,
+    Program,
+    code_of,
+    following,
+    idiom_of,
+    in_idioms,
+    obedience,
+    segments,
+)
 from internalrl.discovery import programs as measuring
 from internalrl.discovery.programs import CodeDomain
 from internalrl.domains.code import END, CodeConfig, log_prob, parse, sample_programs
 from internalrl.domains.code_idioms import variants
 from internalrl.domains.code_tokenizer import build_tokenizer
-from internalrl.errors import InternalRLError
 from internalrl.metacontroller.policy import PolicyActor
 from internalrl.runlog import RunFolder
 from internalrl.stages import ReportConfig
-from tests.language import language_model
 from tests.programs import finished_code_run
+from tests.served import byte_tokenizer
 from tests.written import letters
 
 CODE = CodeConfig()
@@ -132,12 +141,13 @@ def test_what_was_not_run_is_left_out(tmp_path: Path) -> None:
     assert "Random codes" in page(run)
 
 
-def test_other_texts_are_refused(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "run", {}, seed=0)
-    language_model().save_pretrained(run.path / "base")
-    letters().save_pretrained(str(run.path / "base"))
-    with pytest.raises(InternalRLError, match="tokenizer does not match these programs"):
-        report.main(FEW, run)
+def test_programs_are_known_by_settings_or_words() -> None:
+    """Any tokenizer may serve for programs; one of their words serves for nothing else."""
+    own, other, large = build_tokenizer(CODE), letters(), CodeConfig.large()
+    assert code_of({"discover": {"domain": "code"}}, other) == code_of({"idioms": 4}, other) == CODE
+    assert code_of({"domain": "code-large"}, other) == code_of({}, build_tokenizer(large)) == large
+    assert code_of({"domain": "text"}, own) == CODE
+    assert code_of({"domain": "text"}, other) is code_of({}, byte_tokenizer()) is None
 
 
 def test_segments_are_cut_where_codes_were_chosen(material: programs.ProgramMaterial) -> None:

@@ -21,15 +21,15 @@ from internalrl.stages import EvaluateConfig
 
 @dataclass(frozen=True)
 class Words:
-    """What a domain calls things; those that are counted get an s."""
+    """What a domain calls things; those that are counted get an s. The last four are of those that know subgoals."""
 
     episode: str
     action: str
     step: str
-    subgoal: str
-    demonstrations: str
-    truth: str
     raw: str
+    subgoal: str = ""
+    demonstrations: str = ""
+    truth: str = ""
     named: str = ""
     """How a subgoal is named, where that has to be said."""
 
@@ -51,6 +51,25 @@ class Material(ABC):
     def steered(self) -> SteeredModel | None:
         """The run's steered model; None before there is an adapter."""
 
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """All logged lines."""
+        return self.run.metrics()
+
+    def setting(self, name: str) -> Any:
+        """A setting of the run by its name; None where it has none."""
+        return find(self.stored["config"], name)
+
+    def line(self, stage: str, name: str, label: str = "", x: str = "step", dots: bool = False) -> Line | None:
+        """The curve of one logged value; None when the stage never logged it."""
+        lines = [m for m in self.metrics if m["stage"] == stage and m.get(name) is not None and x in m]
+        return Line(label or name, [m[x] for m in lines], [m[name] for m in lines], dots) if lines else None
+
+
+@dataclass(frozen=True)
+class KnownMaterial(Material):
+    """Of a domain whose subgoals are known, to the report alone."""
+
     @property
     @abstractmethod
     def references(self) -> References:
@@ -70,23 +89,9 @@ class Material(ABC):
     def name(self, subgoal: int) -> str:
         """What a subgoal is called."""
 
-    @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
-        """All logged lines."""
-        return self.run.metrics()
-
-    def setting(self, name: str) -> Any:
-        """A setting of the run by its name; None where it has none."""
-        return find(self.stored["config"], name)
-
-    def line(self, stage: str, name: str, label: str = "", x: str = "step", dots: bool = False) -> Line | None:
-        """The curve of one logged value; None when the stage never logged it."""
-        lines = [m for m in self.metrics if m["stage"] == stage and m.get(name) is not None and x in m]
-        return Line(label or name, [m[x] for m in lines], [m[name] for m in lines], dots) if lines else None
-
 
 @dataclass(frozen=True)
-class GridMaterial(Material):
+class GridMaterial(KnownMaterial):
     """Of a run on the grid world."""
 
     models: Models

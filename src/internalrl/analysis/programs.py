@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from internalrl.analysis.material import Material, Words
+from internalrl.analysis.material import KnownMaterial, Words
 from internalrl.analysis.measure import Codes, Coding, References, coding
 from internalrl.analysis.runs import find
 from internalrl.base.batches import Batch
@@ -23,7 +23,7 @@ from internalrl.discovery.programs import LONGEST, CodeDomain
 from internalrl.discovery.text import TextMaterial
 from internalrl.domains.code import END, PROMPT, CodeConfig, chain_log_prob, log_prob, parse, sample_programs
 from internalrl.domains.code_tasks import CodeTask, evaluate, solved_by, tasks
-from internalrl.domains.code_tokenizer import load_tokenizer
+from internalrl.domains.code_tokenizer import build_tokenizer, load_tokenizer
 from internalrl.domains.sandbox import Sandbox
 from internalrl.internal_rl.completions import Completions, pad_prompts
 from internalrl.metacontroller.codes import Propose
@@ -68,9 +68,16 @@ class Models:
     steered: SteeredModel | None
 
 
-def open_programs(run: RunFolder, base: PreTrainedModel, config: Mapping[str, Any]) -> Models:
-    """What `run` holds; InternalRLError where its tokenizer is not that of the code domain."""
-    code = CodeConfig.large() if find(config, "domain") == "code-large" else CodeConfig()
+def code_of(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> CodeConfig | None:
+    """The idioms that a run is about: by its settings, else by a tokenizer made of their words; None of other texts."""
+    kinds = {"code": CodeConfig(), "code-large": CodeConfig.large()}
+    named = kinds.get(find(config, "domain"), kinds["code"] if find(config, "idioms") else None)
+    words = tokenizer.get_vocab()
+    return named or next((code for code in kinds.values() if build_tokenizer(code).get_vocab() == words), None)
+
+
+def open_programs(run: RunFolder, base: PreTrainedModel, config: Mapping[str, Any], code: CodeConfig) -> Models:
+    """What `run` holds; InternalRLError where its tokenizer loses a part of an idiom."""
     tokenizer, adapter = load_tokenizer(run.path / "base", code), run.path / "adapter"
     steered = SteeredModel.from_pretrained(base, adapter).eval() if adapter.exists() else None
     idioms = find(config, "idioms")
@@ -78,7 +85,7 @@ def open_programs(run: RunFolder, base: PreTrainedModel, config: Mapping[str, An
 
 
 @dataclass(frozen=True)
-class ProgramMaterial(Material):
+class ProgramMaterial(KnownMaterial):
     """Of a run on programs."""
 
     models: Models

@@ -9,26 +9,31 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from internalrl.analysis import markup, sections_code, sections_grid
+from internalrl.analysis import markup, sections_code, sections_grid, sections_text
 from internalrl.analysis.markup import flat, table
 from internalrl.analysis.material import GridMaterial, Material
-from internalrl.analysis.programs import ProgramMaterial, open_programs
+from internalrl.analysis.programs import ProgramMaterial, code_of, open_programs
 from internalrl.analysis.runs import find, open_models, read_summary
-from internalrl.base.loading import load_base
+from internalrl.analysis.texts import TextMaterial
+from internalrl.base.loading import load_base, load_tokenizer
 from internalrl.base.trajectory import TrajectoryModel
 from internalrl.files import write_atomic
+from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder, read_run
 from internalrl.stages import ReportConfig
 
 Section = tuple[str, str, Callable[[Any], str]]
 """Id, title, and the function that makes the section, or nothing."""
 
+SECTIONS = {GridMaterial: sections_grid, ProgramMaterial: sections_code, TextMaterial: sections_text}
+"""What a run is about, and the module of its HEADLINE and SECTIONS."""
+
 
 def main(config: ReportConfig, run: RunFolder) -> dict[str, Any]:
     """Write `run`/report.html from the run's metrics, summary and models; what was not run is left out."""
     began = time.monotonic()
     material = open_material(run, config.episodes)
-    own = sections_code if isinstance(material, ProgramMaterial) else sections_grid
+    own = SECTIONS[type(material)]
     listed: list[Section] = [
         ("headline", "In short", lambda m: headline(m, own.HEADLINE)),
         *own.SECTIONS,
@@ -50,11 +55,16 @@ def main(config: ReportConfig, run: RunFolder) -> dict[str, Any]:
 
 
 def open_material(run: RunFolder, episodes: int) -> Material:
-    """A run of the grid world or of programs; InternalRLError for one of other texts, and for damaged files."""
+    """A run of the grid world, of programs, or of other texts; InternalRLError for damaged files."""
     base, stored, summary = load_base(run.path / "base"), read_run(run.path), read_summary(run)
     if isinstance(base, TrajectoryModel):
         return GridMaterial(run, stored, summary, episodes, open_models(run))
-    return ProgramMaterial(run, stored, summary, episodes, open_programs(run, base, stored["config"]))
+    tokenizer, config = load_tokenizer(run.path / "base"), stored["config"]
+    if code := code_of(config, tokenizer):
+        return ProgramMaterial(run, stored, summary, episodes, open_programs(run, base, config, code))
+    adapter = run.path / "adapter"
+    steered = SteeredModel.from_pretrained(base, adapter).eval() if adapter.exists() else None
+    return TextMaterial(run, stored, summary, episodes, base, tokenizer, steered)
 
 
 def headline(m: Material, items: tuple[markup.Headline, ...]) -> str:

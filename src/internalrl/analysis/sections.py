@@ -11,7 +11,7 @@ from typing import Any
 from internalrl.analysis import figures
 from internalrl.analysis.figures import Level
 from internalrl.analysis.markup import curves, figure, gallery
-from internalrl.analysis.material import Material
+from internalrl.analysis.material import KnownMaterial, Material
 from internalrl.analysis.runs import find
 
 AGENTS = {
@@ -22,11 +22,16 @@ AGENTS = {
 }
 """What the stages that play episodes are called in the plots; others keep their own name."""
 
+FROZEN = (
+    "The base model is now frozen. A small metacontroller learns, without labels, codes that steer it, and when to "
+    "switch from one code to the next."
+)
+
 DOTS = 600
 """Most codes drawn in one plane."""
 
 
-def discovery(m: Material, more: Sequence[str] = ()) -> str:
+def discovery(m: KnownMaterial, more: Sequence[str] = ()) -> str:
     """Stage 2: what the switches and codes are, and how they came about; `more` figures of the domain."""
     if m.steered is None:
         return ""
@@ -34,7 +39,6 @@ def discovery(m: Material, more: Sequence[str] = ()) -> str:
     kl, nll = m.line("discover", "kl"), m.line("discover", "nll", "training batches")
     alone, informed = Level("base alone", known.base), Level(f"{w.subgoal} known", known.known)
     path = (kl.y, nll.y) if kl and nll else ([], [])
-    options = phases(m)
     cropped = ", some of which begin mid-way" if m.setting("crop") else ""
     shown = [
         figure(
@@ -55,17 +59,34 @@ def discovery(m: Material, more: Sequence[str] = ()) -> str:
             f"What the codes tell (rate) against how badly {w.action}s are predicted (distortion): the finished model "
             f"on whole {w.demonstrations}, and its way there on training batches{cropped}.",
         ),
+        *progress(m, [alone]),
+        *more,
+    ]
+    return gallery(FROZEN, shown)
+
+
+def progress(m: Material, levels: Sequence[Level] = ()) -> list[str]:
+    """Stage 2 step by step; `levels` of the NLL to compare with."""
+    w, options = m.words, phases(m)
+    changes = f", and how often {w.truth} do" if w.truth else ""
+    agreement = (
+        f"; switch F1 is its agreement, within one {w.step}, with the true changes of {w.subgoal}" if w.subgoal else ""
+    )
+    return [
         curves(
-            [nll, m.line("discover", "hard_nll", "hard switches, fresh data", dots=True)],
+            [
+                m.line("discover", "nll", "training batches"),
+                m.line("discover", "hard_nll", "hard switches, fresh data", dots=True),
+            ],
             "step",
             f"{w.action} NLL in nats per {w.action}",
-            f"Codes that carry the {w.subgoal} let the frozen base predict better than it can alone.",
-            [alone],
+            "What codes carry lets the frozen base predict better than it can alone.",
+            levels,
             y_range=(0, None),
             **options,
         ),
         curves(
-            [kl],
+            [m.line("discover", "kl")],
             "step",
             f"KL in nats per {w.episode}",
             f"What the codes tell of {_a(w.episode)}'s future, for which the loss charges.",
@@ -80,7 +101,7 @@ def discovery(m: Material, more: Sequence[str] = ()) -> str:
             ],
             "step",
             f"switches per {w.episode}",
-            f"How often the code changes, and how often {w.truth} do; the first of {_a(w.episode)} is not counted.",
+            f"How often the code changes{changes}; the first of {_a(w.episode)} is not counted.",
             y_range=(0, None),
             **options,
         ),
@@ -90,19 +111,12 @@ def discovery(m: Material, more: Sequence[str] = ()) -> str:
                 m.line("discover", "switch_f1", "switch F1", dots=True),
             ],
             "step",
-            f"decided {w.step}s and switch F1",
-            f"Decided {w.step}s are those where the switch is below .1 or above .9; switch F1 is its agreement, within "
-            f"one {w.step}, with the true changes of {w.subgoal}.",
+            f"decided {w.step}s" + (" and switch F1" if w.subgoal else ""),
+            f"Decided {w.step}s are those where the switch is below .1 or above .9{agreement}.",
             y_range=(-0.03, 1.03),
             **options,
         ),
-        *more,
     ]
-    return gallery(
-        "The base model is now frozen. A small metacontroller learns, without labels, codes that steer it, and "
-        "when to switch from one code to the next.",
-        shown,
-    )
 
 
 def phases(m: Material) -> dict[str, Any]:
@@ -139,7 +153,7 @@ def effect(m: Material, name: str) -> str:
     return " It took the rate of unseen transitions from {:.2f} to {:.2f}.".format(*rates) if None not in rates else ""
 
 
-def reinforcement(m: Material) -> str:
+def reinforcement(m: KnownMaterial) -> str:
     """Stage 3 and its baselines: success against episodes, and how the policy gets there."""
     w = m.words
     stages = {line["stage"] for line in m.metrics if {"episodes", "success"} <= line.keys()}
@@ -153,9 +167,6 @@ def reinforcement(m: Material) -> str:
         lines = [m.line(stage, name, names[stage], x="episodes") for stage in ordered]
         return curves(lines, episodes, label, caption, percent=True, y_range=(-0.02, 1.02), wide=True)
 
-    def own(name: str, label: str, caption: str) -> str:
-        return curves([m.line("reinforce", name, x="episodes")], episodes, label, caption, y_range=(0, None))
-
     return gallery(
         f"{m.task} Internal RL chooses a code at each switch and leaves the rest to the frozen model.",
         [
@@ -164,29 +175,40 @@ def reinforcement(m: Material) -> str:
                 "success",
                 f"Share of an iteration's {w.episode}s that solved the whole task; nothing less is rewarded.",
             ),
-            own(
+            over_episodes(
+                m,
                 "length",
                 "steps per episode",
                 "Steps of an episode, which ends at success, at a wrong colour, or at the horizon.",
             ),
-            own("completions/mean_length", "tokens per program", "How long programs are, their end included."),
+            over_episodes(
+                m, "completions/mean_length", "tokens per program", "How long programs are, their end included."
+            ),
             shares(
                 "rewards/runs/mean",
                 "programs that run",
                 "Share of an iteration's programs that parse and run, whatever they compute.",
             ),
-            own(
+            over_episodes(
+                m,
                 "decisions",
                 f"decisions per {w.episode}",
                 f"How many codes the policy chooses in {_a(w.episode)}.",
             ),
-            own(
+            over_episodes(
+                m,
                 "reward_std",
                 "standard deviation of the reward",
                 f"At zero all {w.episode}s of a batch end alike, and there is nothing to learn from.",
             ),
         ],
     )
+
+
+def over_episodes(m: Material, name: str, label: str, caption: str) -> str:
+    """How a logged value of internal RL went."""
+    line = m.line("reinforce", name, x="episodes")
+    return curves([line], f"{m.words.episode}s", label, caption, y_range=(0, None))
 
 
 def _a(noun: str) -> str:
