@@ -50,6 +50,8 @@ def test_a_language_model_is_reinforced(discovered: Path) -> None:
     lines = [json.loads(line) for line in (discovered / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["episodes"] for line in lines] == [8, 16, 24]
     assert lines[0]["rewards/half_of/mean"] == lines[0]["reward"]
+    summary = json.loads((discovered / "run" / "summary.json").read_text())
+    assert summary["success"] == pytest.approx(np.mean([line["reward"] for line in lines]))
     again = SteeredModel.from_pretrained(discovered / "run" / "base", discovered / "run" / "adapter")
     assert again.policy is not None
     assert again.provenance["reinforce"]["rewards"] == ["tests.cli.test_reinforce_text.half_of"]

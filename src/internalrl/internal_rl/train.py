@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ Environments = Callable[[int], BatchEnvironment]
 Chance = Callable[[int], torch.Generator | RowChance]
 """The random numbers of an iteration."""
 
-RECENT = 5  # iterations whose mean success is compared with the target
+RECENT = 5  # iterations whose mean success is compared with the target, and is the run's success in the end
 
 
 def main(config: ReinforceConfig, run: RunFolder) -> dict[str, Any]:
@@ -175,10 +176,10 @@ def reinforce(
             entropy=entropy,
         )
         recent.append(outcome.metrics["success"])
-        if config.target is not None and mean_score(recent) >= config.target:
+        if config.target is not None and len(recent) == RECENT and fmean(recent) >= config.target:
             loop.finish()
     return {
-        "success": mean_score(recent or recent_scores(run, stage, loop.step)),
+        "success": fmean(recent or recent_scores(run, stage, loop.step)),
         "episodes": loop.step * config.batch_size,
         "seconds": loop.seconds,
     }
@@ -210,11 +211,6 @@ def improve(
         optimise(losses(), optimizer, share=processes.sum_gradients)
     surprise = sum(-(old[rows.start] * part.mask).sum().item() for rows, part in decisions.parts())
     return sum(processes.gather([surprise])) / count
-
-
-def mean_score(recent: deque[float]) -> float:
-    """Mean of the last iterations' scores; 0 before there are enough of them."""
-    return sum(recent) / RECENT if len(recent) == RECENT else 0.0
 
 
 def recent_scores(run: RunFolder, stage: str, before: int) -> deque[float]:
