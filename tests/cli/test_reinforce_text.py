@@ -12,6 +12,7 @@ import pytest
 from internalrl import cli
 from internalrl.analysis import evaluate_text
 from internalrl.base.pretrain_text import save_language_model
+from internalrl.metacontroller.rollout import rollout
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder
 from tests.conversing import rows, steered_answers, talking
@@ -142,7 +143,23 @@ def test_a_run_without_prompts_or_policy_is_not_evaluated_alone(
 def test_raw_tokens_are_reinforced(discovered: Path) -> None:
     assert reinforce(discovered, "--agent", "raw-action", "--temperature", "1") == 0
     assert (discovered / "run" / "base" / "tokenizer.json").is_file()
-    assert evaluate(discovered, "--controller", "off") == 0
+
+
+@pytest.mark.parametrize(("agent", "expected"), [("raw-action", [0.7, 0.0]), ("internal", [1.0, 0.0])])
+def test_a_bare_base_is_evaluated_at_its_own_temperature(
+    agent: str, expected: list[float], discovered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reinforce(discovered, "--agent", agent, "--temperature", "0.7")
+    asked: list[float] = []
+
+    def spy(steered: Any, environment: Any, propose: Any, temperature: float, **more: Any) -> Any:
+        asked.append(temperature)
+        return rollout(steered, environment, propose, temperature, **more)
+
+    monkeypatch.setattr(evaluate_text, "rollout", spy)
+    for options in ((), ("--deterministic",)):
+        assert evaluate(discovered, "--controller", "off", *options) == 0
+    assert asked == expected
 
 
 def test_environments_are_named_by_a_path(tmp_path: Path) -> None:

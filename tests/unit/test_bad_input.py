@@ -88,6 +88,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ((*REINFORCE, *NEW, "--task", "1-1"), "seeks a colour twice in a row"),
         (("evaluate", "reinforced", "--task", "6"), "task '6' names colour 6; this grid has colours 0 to 5"),
         (("evaluate", "reinforced", "--episodes", "0"), "--episodes is 0"),
+        (("evaluate", "reinforced", "--prompts", "p.jsonl"), "are for language models"),
         ((*DISCOVER, *NEW, "--metacontroller.layer", "2"), "layer is 2, but this model has 2 blocks: choose 1 to 1"),
         ((*DISCOVER, *NEW, "--metacontroller.layer", "0"), "layer is 0"),
         ((*DISCOVER, *NEW, "--metacontroller.layer", "low"), "--metacontroller.layer"),

@@ -56,8 +56,11 @@ def evaluate_grid(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
     Returns success with its 95 % interval, mean length, segments per episode (None with the controller off),
     the fractions that ended on a wrong colour and at the horizon, and seconds.
     """
-    if config.prompts is not None or config.rewards:
-        raise InternalRLError("--prompts and --rewards are for language models; the grid is evaluated with --task.")
+    if config.prompts is not None or config.rewards or config.max_completion_length is not None:
+        raise InternalRLError(
+            "--prompts, --rewards and --max-completion-length are for language models; the grid is evaluated with "
+            "--task."
+        )
     models = open_models(run)
     task = config.task or run_task(run, models.grid)
     parse_task(task, models.grid)

@@ -57,10 +57,9 @@ def main(config: EvaluateConfig, run: RunFolder, base: PreTrainedModel) -> dict[
     writing = make_writing(
         steered, load_tokenizer(run.path / "base"), asked.rewards, asked.prompts, asked.options, Processes(), factory
     )
-    temperature = asked.options.temperature if config.controller != "off" else 0.0 if config.deterministic else 1.0
     scores, lengths = [], list[int]()
     cut = segments = 0
-    for environment, result in write(writing, config, temperature, run.seed):
+    for environment, result in write(writing, config, temperature_of(config, asked.options), run.seed):
         tokens, columns = writing.read(environment, result)
         scores.append(writing.rewards(columns))
         lengths += map(len, tokens)
@@ -95,7 +94,7 @@ def find_asked(config: EvaluateConfig, run: RunFolder) -> Asked:
         raise InternalRLError(
             f"Run {run.path} has no prompts and rewards of its own; give --prompts, a JSONL file, and --rewards."
         )
-    own = {name: find(stored, name) for name in ("temperature", "max_completion_length")}
+    own = {name: find(stored, name) for name in ("agent", "temperature", "max_completion_length")}
     weights = () if config.rewards or find(stored, "idioms") else tuple(find(stored, "reward_weights") or ())
     own["max_completion_length"] = config.max_completion_length or own["max_completion_length"]
     options = {name: value for name, value in own.items() if value is not None}
@@ -115,6 +114,15 @@ def choose(config: EvaluateConfig, run: RunFolder, base: PreTrainedModel) -> Ste
             "has been through all stages."
         )
     return steered
+
+
+def temperature_of(config: EvaluateConfig, options: CompletionConfig) -> float:
+    """Of the tokens: the run's own; of a bare base that was not trained at it, 1, or 0 to be deterministic."""
+    if config.controller != "off":
+        return options.temperature
+    if config.deterministic:
+        return 0.0
+    return options.temperature if options.agent == "raw-action" else 1.0
 
 
 def write(
