@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,12 @@ def test_a_reinforced_model_is_evaluated(
 
     monkeypatch.setattr("tests.cli.test_reinforce_text.half_of", spy)
     monkeypatch.setattr(evaluate_text, "CHUNK", 4)
-    found = {}
+    found, written = {}, {}
     for options in ((), ("--controller", "prior"), ("--controller", "off"), ("--deterministic",)):
         seen.clear()
         assert evaluate(discovered, *options) == 0
         found[options] = json.loads(capsys.readouterr().out)
-        first = seen.copy()
+        written[options] = first = seen.copy()
         assert [len(part) for part in first] == [4, 4, 1]
         assert [weight for part in first for _, weight, _ in part] == [1, 2] * 4 + [1]
         rewards = np.array([reward for part in first for *_, reward in part])
@@ -93,6 +94,7 @@ def test_a_reinforced_model_is_evaluated(
         evaluate(discovered, *options)
         capsys.readouterr()
         assert seen == first
+    assert all(a != b for a, b in combinations(written.values(), 2)), "each of them writes something else"
     assert found[()]["prompts"] == 2
     assert found["--controller", "off"]["segments_per_episode"] is None
     assert found[()]["segments_per_episode"] >= 1

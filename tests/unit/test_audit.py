@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -248,12 +249,12 @@ def test_taking_a_segment_is_quick(tmp_path: Path) -> None:
     """The engine's thread pays a few microseconds, whatever the disk and the database do."""
     with closing(Audit(tmp_path)) as audit:
         r, s, seconds = request("r"), [record(i) for i in range(100)], []
-        for _ in range(20):  # the best of them: one garbage collection of a large process takes longer than all of it
+        for _ in range(20):  # one garbage collection of a large process takes longer than all of them
             begin = time.thread_time()
             for segment in s:
                 audit.segment(r, segment)
             seconds.append(time.thread_time() - begin)
-        assert min(seconds) / len(s) < 50e-6
+        assert statistics.median(seconds) / len(s) < 50e-6
 
 
 def test_redaction_sees_the_whole_answer(tmp_path: Path) -> None:

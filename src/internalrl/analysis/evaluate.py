@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from internalrl.analysis import evaluate_text
-from internalrl.analysis.runs import find, open_models, run_task
+from internalrl.analysis.runs import find, open_models, require_codes, run_task
 from internalrl.base.loading import load_base
 from internalrl.base.trajectory import TrajectoryModel
 from internalrl.domains.grid import GridBatch, GridConfig, Layouts, parse_task, sample_layouts
@@ -72,13 +72,7 @@ def evaluate_grid(config: EvaluateConfig, run: RunFolder) -> dict[str, Any]:
         temperature = find(options, "temperature") or 0.0
         if config.forget is None:
             config = replace(config, forget=find(options, "forget"))
-        if models.steered is None or (config.controller == "policy" and models.steered.policy is None):
-            what = "adapter" if models.steered is None else "policy"
-            raise InternalRLError(
-                f"Run {run.path} has no {what} to choose codes with; evaluate it with --controller off, or "
-                "give a run that has been through all stages."
-            )
-        steered = models.steered
+        steered = require_codes(run, models.steered, config.controller)
     return measure(steered, models.grid, task, config, temperature, run.seed, models.limits)
 
 

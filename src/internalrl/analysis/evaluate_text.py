@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from internalrl.analysis.runs import find
+from internalrl.analysis.runs import find, open_steered, require_codes
 from internalrl.base.loading import load_tokenizer
 from internalrl.base.text_data import Rows
 from internalrl.domains.code import PROMPT, CodeConfig
@@ -23,7 +23,7 @@ from internalrl.internal_rl.rewards import load_function
 from internalrl.internal_rl.writing import Writing
 from internalrl.metacontroller.policy import PolicyActor
 from internalrl.metacontroller.rollout import Rollout, RowChance, prior, rollout
-from internalrl.metacontroller.steered import Propose, SteeredModel, bare
+from internalrl.metacontroller.steered import Propose, bare
 from internalrl.processes import Processes
 from internalrl.runlog import RunFolder, read_run
 from internalrl.stages import CompletionConfig, EvaluateConfig
@@ -52,7 +52,8 @@ def main(config: EvaluateConfig, run: RunFolder, base: PreTrainedModel) -> dict[
     if config.task is not None or config.forget is not None:
         raise InternalRLError("--task and --forget are for grids; a language model is evaluated with --prompts.")
     began, asked = time.monotonic(), find_asked(config, run)
-    steered = choose(config, run, base)
+    alone = config.controller == "off"
+    steered = bare(base) if alone else require_codes(run, open_steered(run, base), config.controller)
     factory = None if asked.environment is None else load_function(asked.environment)
     writing = make_writing(
         steered, load_tokenizer(run.path / "base"), asked.rewards, asked.prompts, asked.options, Processes(), factory
@@ -77,7 +78,7 @@ def main(config: EvaluateConfig, run: RunFolder, base: PreTrainedModel) -> dict[
         **{name: value for name, value in writing.said(judged).items() if name.endswith("/mean")},
         "mean_length": float(np.mean(lengths)),
         "cut_off": cut / count,
-        "segments_per_episode": None if config.controller == "off" else segments / count,
+        "segments_per_episode": None if alone else segments / count,
         "seconds": time.monotonic() - began,
     }
 
@@ -99,21 +100,6 @@ def find_asked(config: EvaluateConfig, run: RunFolder) -> Asked:
     own["max_completion_length"] = config.max_completion_length or own["max_completion_length"]
     options = {name: value for name, value in own.items() if value is not None}
     return Asked(prompts, rewards, environment, CompletionConfig(**options, reward_weights=weights))
-
-
-def choose(config: EvaluateConfig, run: RunFolder, base: PreTrainedModel) -> SteeredModel:
-    """The steered model of `run`, or, with the controller off, its base alone."""
-    if config.controller == "off":
-        return bare(base)
-    adapter = run.path / "adapter"
-    steered = SteeredModel.from_pretrained(base, adapter).eval() if adapter.exists() else None
-    if steered is None or (config.controller == "policy" and steered.policy is None):
-        what = "adapter" if steered is None else "policy"
-        raise InternalRLError(
-            f"Run {run.path} has no {what} to choose codes with; evaluate it with --controller off, or give a run that "
-            "has been through all stages."
-        )
-    return steered
 
 
 def temperature_of(config: EvaluateConfig, options: CompletionConfig) -> float:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from internalrl.analysis.material import KnownMaterial, Words
 from internalrl.analysis.measure import Codes, Coding, References, coding
-from internalrl.analysis.runs import find
+from internalrl.analysis.runs import find, open_steered
 from internalrl.base.batches import Batch
 from internalrl.base.pretrain_text import completion_nll
 from internalrl.base.text_data import Examples, tokenise
@@ -78,8 +78,7 @@ def code_of(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Co
 
 def open_programs(run: RunFolder, base: PreTrainedModel, config: Mapping[str, Any], code: CodeConfig) -> Models:
     """What `run` holds; InternalRLError where its tokenizer loses a part of an idiom."""
-    tokenizer, adapter = load_tokenizer(run.path / "base", code), run.path / "adapter"
-    steered = SteeredModel.from_pretrained(base, adapter).eval() if adapter.exists() else None
+    tokenizer, steered = load_tokenizer(run.path / "base", code), open_steered(run, base)
     idioms = find(config, "idioms")
     return Models(base.eval(), tokenizer, code, tasks(code)[idioms] if idioms else None, steered)
 

@@ -13,12 +13,11 @@ from internalrl.analysis import markup, sections_code, sections_grid, sections_t
 from internalrl.analysis.markup import flat, table
 from internalrl.analysis.material import GridMaterial, Material
 from internalrl.analysis.programs import ProgramMaterial, code_of, open_programs
-from internalrl.analysis.runs import find, open_models, read_summary
+from internalrl.analysis.runs import find, open_models, open_steered, read_summary
 from internalrl.analysis.texts import TextMaterial
 from internalrl.base.loading import load_base, load_tokenizer
 from internalrl.base.trajectory import TrajectoryModel
 from internalrl.files import write_atomic
-from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder, read_run
 from internalrl.stages import ReportConfig
 
@@ -62,9 +61,7 @@ def open_material(run: RunFolder, episodes: int) -> Material:
     tokenizer, config = load_tokenizer(run.path / "base"), stored["config"]
     if code := code_of(config, tokenizer):
         return ProgramMaterial(run, stored, summary, episodes, open_programs(run, base, config, code))
-    adapter = run.path / "adapter"
-    steered = SteeredModel.from_pretrained(base, adapter).eval() if adapter.exists() else None
-    return TextMaterial(run, stored, summary, episodes, base, tokenizer, steered)
+    return TextMaterial(run, stored, summary, episodes, base, tokenizer, open_steered(run, base))
 
 
 def headline(m: Material, items: tuple[markup.Headline, ...]) -> str:

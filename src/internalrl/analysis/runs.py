@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from internalrl.base.trajectory import TrajectoryModel, load_trajectory_model
 from internalrl.domains.grid import GridConfig
+from internalrl.errors import InternalRLError
 from internalrl.metacontroller.limits import LIMITS_FILE, Limits, limits_of
 from internalrl.metacontroller.steered import SteeredModel
 from internalrl.runlog import RunFolder, read_run
@@ -30,11 +33,26 @@ def open_models(run: RunFolder) -> Models:
 
     A run without an adapter folder has `steered` None; one that is there must be whole.
     """
-    base = load_trajectory_model(run.path / "base").eval()
+    base, adapter = load_trajectory_model(run.path / "base").eval(), run.path / "adapter"
+    limits = limits_of(adapter) if (adapter / LIMITS_FILE).exists() else None
+    return Models(base, base.config.grid, open_steered(run, base), limits)
+
+
+def open_steered(run: RunFolder, base: PreTrainedModel) -> SteeredModel | None:
+    """`base` with the adapter of `run`; None without an adapter folder."""
     adapter = run.path / "adapter"
-    steered = SteeredModel.from_pretrained(base, adapter).eval() if adapter.exists() else None
-    file = adapter / LIMITS_FILE
-    return Models(base, base.config.grid, steered, limits_of(adapter) if file.exists() else None)
+    return SteeredModel.from_pretrained(base, adapter).eval() if adapter.exists() else None
+
+
+def require_codes(run: RunFolder, steered: SteeredModel | None, controller: str) -> SteeredModel:
+    """The steered model of `run`, which `controller`, "policy" or "prior", can choose codes for, or InternalRLError."""
+    if steered is None or (controller == "policy" and steered.policy is None):
+        what = "adapter" if steered is None else "policy"
+        raise InternalRLError(
+            f"Run {run.path} has no {what} to choose codes with; evaluate it with --controller off, or give a run that "
+            "has been through all stages."
+        )
+    return steered
 
 
 def run_task(run: RunFolder, grid: GridConfig) -> str:

@@ -178,8 +178,9 @@ def reinforce(
         recent.append(outcome.metrics["success"])
         if config.target is not None and len(recent) == RECENT and fmean(recent) >= config.target:
             loop.finish()
+    scores = recent or recent_scores(run, stage, loop.step)
     return {
-        "success": fmean(recent or recent_scores(run, stage, loop.step)),
+        "success": fmean(scores) if scores else None,  # of a finished run whose log is gone
         "episodes": loop.step * config.batch_size,
         "seconds": loop.seconds,
     }
