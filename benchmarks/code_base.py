@@ -30,14 +30,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from internalrl.base.loading import load_base
 from internalrl.base.pretrain_text import build_language_model, completion_nll, pretrain_text, save_language_model
 from internalrl.base.text_data import Examples, tokenise
-from internalrl.domains.code import PROMPT, CodeConfig, Programs, entropy, log_prob, parse, sample_programs
-from internalrl.domains.code_tasks import hidden_inputs
-from internalrl.domains.code_tokenizer import build_tokenizer, load_tokenizer
-from internalrl.domains.sandbox import Sandbox
-from internalrl.metacontroller.adapter import base_fingerprint
-from internalrl.runlog import RunFolder, environment
-from internalrl.stages import PretrainTextConfig
-from internalrl.streams import Stream
+from internalrl.controller.adapter import base_fingerprint
+from internalrl.domains.code.grammar import PROMPT, CodeConfig, Programs, entropy, log_prob, parse, sample_programs
+from internalrl.domains.code.sandbox.sandbox import Sandbox
+from internalrl.domains.code.tasks import hidden_inputs
+from internalrl.domains.code.tokenizer import build_tokenizer, load_tokenizer
+from internalrl.run.folder import RunFolder, environment
+from internalrl.run.streams import Stream
+from internalrl.settings.stages import PretrainTextConfig
 
 HELD_OUT, SAMPLES = 2048, 2048
 TEMPERATURES = (0.3, 0.7, 1.0)

@@ -42,17 +42,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from internalrl.base.loading import load_base
 from internalrl.base.scoring import completion_log_probs
 from internalrl.base.text_data import tokenise
-from internalrl.domains.code import END, PROMPT
-from internalrl.domains.code_chance import Chance, Score, chain_chance, equivalents
-from internalrl.domains.code_idioms import variants
-from internalrl.domains.code_tasks import CHAINS, CodeTask, hidden_inputs, make_task
-from internalrl.domains.code_tokenizer import load_tokenizer
-from internalrl.domains.sandbox import Sandbox
-from internalrl.internal_rl.splitting import Tokens, write_chances
-from internalrl.metacontroller.adapter import base_fingerprint
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.runlog import environment
-from internalrl.streams import Stream
+from internalrl.controller.adapter import base_fingerprint
+from internalrl.controller.steered import SteeredModel
+from internalrl.domains.code.chance import Chance, Score, chain_chance, equivalents
+from internalrl.domains.code.grammar import END, PROMPT
+from internalrl.domains.code.idioms import variants
+from internalrl.domains.code.sandbox.sandbox import Sandbox
+from internalrl.domains.code.tasks import CHAINS, CodeTask, hidden_inputs, make_task
+from internalrl.domains.code.tokenizer import load_tokenizer
+from internalrl.reinforce.splitting import Tokens, write_chances
+from internalrl.run.folder import environment
+from internalrl.run.streams import Stream
 
 TEMPERATURES = (0.3, 0.7, 1.0, 1.5)
 CODE_TOKENS = (0.0, 0.3)

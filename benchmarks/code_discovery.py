@@ -32,19 +32,19 @@ from spread import spread
 from internalrl.base.loading import load_base
 from internalrl.base.pretrain_text import completion_nll
 from internalrl.base.text_data import tokenise
-from internalrl.config import PRESETS
-from internalrl.configio import from_dict
+from internalrl.controller.adapter import base_fingerprint
+from internalrl.controller.steered import SteeredModel
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.programs import CodeDomain
 from internalrl.discovery.text import TextMaterial
 from internalrl.discovery.train import discover
-from internalrl.domains.code import PROMPT, CodeConfig, log_prob, sample_programs
-from internalrl.domains.code_tokenizer import load_tokenizer
-from internalrl.metacontroller.adapter import base_fingerprint
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.runlog import RunFolder, environment
-from internalrl.stages import DiscoverConfig, PretrainTextConfig
-from internalrl.streams import Stream
+from internalrl.domains.code.grammar import PROMPT, CodeConfig, log_prob, sample_programs
+from internalrl.domains.code.tokenizer import load_tokenizer
+from internalrl.run.folder import RunFolder, environment
+from internalrl.run.streams import Stream
+from internalrl.settings.options import PRESETS
+from internalrl.settings.schema import from_dict
+from internalrl.settings.stages import DiscoverConfig, PretrainTextConfig
 
 PROGRAMS, HELD_OUT = 6000, 1024
 VARIANTS: dict[str, dict[str, Any]] = {

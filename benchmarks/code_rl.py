@@ -25,16 +25,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy and torch are imported
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from internalrl.demo_config import CodeDemoConfig
-from internalrl.domains.code import PROMPT, CodeConfig
-from internalrl.domains.code_tasks import task_rewards, tasks
-from internalrl.domains.sandbox import Sandbox
-from internalrl.internal_rl.train import RECENT
-from internalrl.internal_rl.trainer import InternalRLTrainer
-from internalrl.metacontroller.adapter import base_fingerprint
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.runlog import environment, read_metrics
-from internalrl.stages import InternalRLConfig
+from internalrl.controller.adapter import base_fingerprint
+from internalrl.controller.steered import SteeredModel
+from internalrl.domains.code.grammar import PROMPT, CodeConfig
+from internalrl.domains.code.sandbox.sandbox import Sandbox
+from internalrl.domains.code.tasks import task_rewards, tasks
+from internalrl.reinforce.train import RECENT
+from internalrl.reinforce.trainer import InternalRLTrainer
+from internalrl.run.folder import environment, read_metrics
+from internalrl.settings.demos import CodeDemoConfig
+from internalrl.settings.stages import InternalRLConfig
 
 SETTINGS = {"internal": CodeDemoConfig().reinforce, "raw-action": CodeDemoConfig().raw_action}
 STORED = ("lr", "epochs", "clip_coef", "initial_std", "replay", "decision_cost", "temperature", "target")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from internalrl.runlog import environment
+from internalrl.run.folder import environment
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"grid": ["make", "demo"], "code": [".venv/bin/internalrl", "demo", "code"]}

@@ -22,10 +22,10 @@ if hasattr(os, "sched_setaffinity"):
 import numpy as np
 from spread import spread
 
-from internalrl.domains.grid import PRETRAINING_TASKS, GridConfig, demonstrate, sample_layouts
-from internalrl.domains.grid_bayes import bayes_filter, expert_nll
-from internalrl.domains.grid_layouts import shortest_path_moves
-from internalrl.runlog import environment
+from internalrl.domains.grid.bayes import bayes_filter, expert_nll
+from internalrl.domains.grid.layouts import shortest_path_moves
+from internalrl.domains.grid.world import PRETRAINING_TASKS, GridConfig, demonstrate, sample_layouts
+from internalrl.run.folder import environment
 
 
 def main() -> None:

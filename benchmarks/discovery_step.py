@@ -31,12 +31,12 @@ from spread import spread
 
 from internalrl.base.batches import Batch, demonstration_batches
 from internalrl.base.pretrain import build
+from internalrl.controller.steered import SteeredModel
 from internalrl.discovery.objective import Episodes, action_nll, discovery_loss
 from internalrl.discovery.train import coefficients_at, make_optimizer
-from internalrl.loop import optimise
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.runlog import environment
-from internalrl.stages import DiscoverConfig, PretrainConfig
+from internalrl.run.folder import environment
+from internalrl.run.loop import optimise
+from internalrl.settings.stages import DiscoverConfig, PretrainConfig
 
 WARM_UP = 2
 """Untimed repeats."""

@@ -34,12 +34,12 @@ def play(seed: int, part: str) -> None:
     """The demo of one seed, or the baselines on what it left; on one thread."""
     import torch
 
-    from internalrl.configio import to_dict
+    from internalrl.controller.steered import SteeredModel
     from internalrl.demo import main as demo
-    from internalrl.demo_config import DemoConfig
-    from internalrl.internal_rl.train import grid_environments, make_agent, reinforce
-    from internalrl.metacontroller.steered import SteeredModel
-    from internalrl.runlog import RunFolder
+    from internalrl.reinforce.train import grid_environments, make_agent, reinforce
+    from internalrl.run.folder import RunFolder
+    from internalrl.settings.demos import DemoConfig
+    from internalrl.settings.schema import to_dict
 
     torch.set_num_threads(1)
     folder, config = RUNS / f"seed-{seed}", DemoConfig()
@@ -61,7 +61,7 @@ def play(seed: int, part: str) -> None:
 
 def read_run(seed: int) -> dict[str, Any]:
     """What the runs of one seed found, with their success at every iteration, and where."""
-    from internalrl.runlog import environment
+    from internalrl.run.folder import environment
 
     folder = RUNS / f"seed-{seed}"
     run: dict[str, Any] = json.loads((folder / "summary.json").read_text())

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from spread import spread
 
-from internalrl.domains.code import CodeConfig, sample_programs
-from internalrl.domains.code_tasks import tasks
-from internalrl.domains.sandbox import Sandbox
-from internalrl.runlog import environment
+from internalrl.domains.code.grammar import CodeConfig, sample_programs
+from internalrl.domains.code.sandbox.sandbox import Sandbox
+from internalrl.domains.code.tasks import tasks
+from internalrl.run.folder import environment
 
 
 def variations(programs: list[str]) -> dict[str, list[str]]:

@@ -31,12 +31,12 @@ from spread import spread
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from internalrl.metacontroller.policy import Policy
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.runlog import environment
-from internalrl.serving.engine import Engine, EngineConfig
-from internalrl.serving.requests import Request
-from internalrl.stages import MetacontrollerConfig
+from internalrl.controller.policy import Policy
+from internalrl.controller.steered import SteeredModel
+from internalrl.players.engine.engine import Engine, EngineConfig
+from internalrl.players.engine.requests import Request
+from internalrl.run.folder import environment
+from internalrl.settings.stages import MetacontrollerConfig
 
 STREAMS, PROMPT, ADAPTERS, ALONE = 16, 32, 4, 2
 SIZES = {

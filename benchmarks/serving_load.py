@@ -35,16 +35,16 @@ import numpy as np
 from numpy.typing import NDArray
 from spread import spread
 
-from internalrl.runlog import environment
-from internalrl.serving.audit import Audit
-from internalrl.serving.audit_store import Query
-from internalrl.serving.registry import Registry
-from internalrl.serving.requests import Request, SegmentRecord
+from internalrl.players.engine.requests import Request, SegmentRecord
+from internalrl.run.folder import environment
+from internalrl.serving.audit.audit import Audit
+from internalrl.serving.audit.store import Query
+from internalrl.serving.registry.registry import Registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.generated import send_generated
-from tests.load import Answered, Tally, asks, crowd, idle, mixed, recorded, streamed, told_of, whole
-from tests.server_process import SLOTS, Server, save_models, server
+from tests.support.generated import send_generated
+from tests.support.load import Answered, Tally, asks, crowd, idle, mixed, recorded, streamed, told_of, whole
+from tests.support.server_process import SLOTS, Server, save_models, server
 
 STREAMS = 64
 BASES = {

@@ -24,15 +24,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from internalrl.base.pretrain_text import pretrain_text, save_language_model
 from internalrl.base.text_data import Examples, tokenise
+from internalrl.controller.steered import SteeredModel
 from internalrl.discovery.programs import CodeDomain
 from internalrl.discovery.text import TextMaterial
-from internalrl.domains.code import PROMPT, CodeConfig, parse, sample_programs
-from internalrl.domains.code_tasks import hidden_inputs
-from internalrl.domains.sandbox import Sandbox
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.runlog import RunFolder, environment
-from internalrl.stages import PretrainTextConfig, RehearseConfig
-from internalrl.streams import Stream
+from internalrl.domains.code.grammar import PROMPT, CodeConfig, parse, sample_programs
+from internalrl.domains.code.sandbox.sandbox import Sandbox
+from internalrl.domains.code.tasks import hidden_inputs
+from internalrl.run.folder import RunFolder, environment
+from internalrl.run.streams import Stream
+from internalrl.settings.stages import PretrainTextConfig, RehearseConfig
 
 CODE, SAMPLES = CodeConfig(), 1024
 REHEARSE = RehearseConfig(batches=60, batch_size=128)

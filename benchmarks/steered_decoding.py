@@ -23,10 +23,10 @@ import torch
 from spread import spread
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from internalrl.metacontroller.policy import Policy
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.runlog import environment
-from internalrl.stages import MetacontrollerConfig
+from internalrl.controller.policy import Policy
+from internalrl.controller.steered import SteeredModel
+from internalrl.run.folder import environment
+from internalrl.settings.stages import MetacontrollerConfig
 
 BATCH, PROMPT = 8, 32
 SIZES = {

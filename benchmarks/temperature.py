@@ -36,16 +36,16 @@ from spread import spread
 from transformers import PreTrainedTokenizerFast
 
 from internalrl.base.loading import load_base
-from internalrl.domains.code import PROMPT, CodeConfig, parse
-from internalrl.domains.code_tasks import CodeTask, hidden_inputs, tasks
-from internalrl.domains.code_tokenizer import load_tokenizer
-from internalrl.domains.sandbox import Outcome, Sandbox
-from internalrl.internal_rl.completions import Completions
-from internalrl.metacontroller.adapter import base_fingerprint
-from internalrl.metacontroller.rollout import rollout
-from internalrl.metacontroller.steered import SteeredModel, bare
-from internalrl.runlog import environment
-from internalrl.streams import Stream
+from internalrl.controller.adapter import base_fingerprint
+from internalrl.controller.steered import SteeredModel, bare
+from internalrl.domains.code.grammar import PROMPT, CodeConfig, parse
+from internalrl.domains.code.sandbox.sandbox import Outcome, Sandbox
+from internalrl.domains.code.tasks import CodeTask, hidden_inputs, tasks
+from internalrl.domains.code.tokenizer import load_tokenizer
+from internalrl.players.stepwise import rollout
+from internalrl.reinforce.completions import Completions
+from internalrl.run.folder import environment
+from internalrl.run.streams import Stream
 
 TOKENS = (0.3, 0.7, 1.0, 1.5)
 UNDER_CODES, CODES = (0.0, 0.3, 1.0), (0.5, 1.0, 1.5)

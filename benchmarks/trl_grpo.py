@@ -32,9 +32,9 @@ import torch
 from spread import spread
 from trl_methods import BATCH, CACHE, LR, METHODS, SETTINGS, TIMED_WEIGHTS, TOGETHER, Job
 
-from internalrl.domains.code import CodeConfig
-from internalrl.domains.code_tasks import solved_by, tasks
-from internalrl.runlog import environment
+from internalrl.domains.code.grammar import CodeConfig
+from internalrl.domains.code.tasks import solved_by, tasks
+from internalrl.run.folder import environment
 
 
 def peak(job: Job) -> tuple[int, int]:

@@ -18,13 +18,13 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl
 from trl import GRPOConfig, GRPOTrainer
 
-from internalrl.domains.code import PROMPT
-from internalrl.domains.code_tasks import CodeTask, task_rewards
-from internalrl.domains.sandbox import Sandbox
-from internalrl.internal_rl import train
-from internalrl.internal_rl.trainer import InternalRLTrainer
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.stages import InternalRLConfig
+from internalrl.controller.steered import SteeredModel
+from internalrl.domains.code.grammar import PROMPT
+from internalrl.domains.code.sandbox.sandbox import Sandbox
+from internalrl.domains.code.tasks import CodeTask, task_rewards
+from internalrl.reinforce import train
+from internalrl.reinforce.trainer import InternalRLTrainer
+from internalrl.settings.stages import InternalRLConfig
 
 BATCH, LONGEST = 1024, 160
 TOGETHER, CACHE = 64, "static"

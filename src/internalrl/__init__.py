@@ -14,15 +14,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "GridConfig": "internalrl.domains.grid",
-    "InternalEnvironment": "internalrl.internal_rl.environment",
-    "InternalRLConfig": "internalrl.stages",
+    "GridConfig": "internalrl.domains.grid.world",
+    "InternalEnvironment": "internalrl.reinforce.gym",
+    "InternalRLConfig": "internalrl.settings.stages",
     "InternalRLError": "internalrl.errors",
-    "InternalRLTrainer": "internalrl.internal_rl.trainer",
-    "MetacontrollerConfig": "internalrl.stages",
+    "InternalRLTrainer": "internalrl.reinforce.trainer",
+    "MetacontrollerConfig": "internalrl.settings.stages",
     "ResidualTap": "internalrl.base.residual",
-    "RunFolder": "internalrl.runlog",
-    "SteeredModel": "internalrl.metacontroller.steered",
+    "RunFolder": "internalrl.run.folder",
+    "SteeredModel": "internalrl.controller.steered",
     "TrajectoryConfig": "internalrl.base.trajectory",
     "TrajectoryModel": "internalrl.base.trajectory",
 }

@@ -26,7 +26,7 @@ from internalrl.errors import InternalRLError, OptionError
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from internalrl.config import ReadOptions, RunOptions, ToolOptions
+    from internalrl.settings.options import ReadOptions, RunOptions, ToolOptions
 
 
 @dataclass(frozen=True)
@@ -47,73 +47,73 @@ class Subcommand:
 SUBCOMMANDS: dict[str, Subcommand] = {
     "pretrain": Subcommand(
         "internalrl.base.pretrain:main",
-        "internalrl.stages:PretrainConfig",
+        "internalrl.settings.stages:PretrainConfig",
         "stage 1: train the base model on demonstrations",
         check="internalrl.base.pretrain:check",
     ),
     "discover": Subcommand(
         "internalrl.discovery.train:main",
-        "internalrl.stages:DiscoverConfig",
+        "internalrl.settings.stages:DiscoverConfig",
         "stage 2: find codes and switches in the frozen base, then consolidate",
         check="internalrl.discovery.train:check",
     ),
     "reinforce": Subcommand(
-        "internalrl.internal_rl.command:main",
-        "internalrl.stages:ReinforceConfig",
+        "internalrl.reinforce.command:main",
+        "internalrl.settings.stages:ReinforceConfig",
         "stage 3: reinforcement learning on the codes",
-        check="internalrl.internal_rl.command:check",
+        check="internalrl.reinforce.command:check",
     ),
     "evaluate": Subcommand(
         "internalrl.analysis.evaluate:main",
-        "internalrl.stages:EvaluateConfig",
+        "internalrl.settings.stages:EvaluateConfig",
         "success of a run's model on any task",
         reads=True,
     ),
     "report": Subcommand(
-        "internalrl.analysis.report:main",
-        "internalrl.stages:ReportConfig",
+        "internalrl.analysis.report.report:main",
+        "internalrl.settings.stages:ReportConfig",
         "write a run's report.html, one offline file",
         reads=True,
     ),
     "demo": Subcommand(
         "internalrl.demo:main",
-        "internalrl.demo_config:DemoConfig",
+        "internalrl.settings.demos:DemoConfig",
         "all three stages on the grid world, then the report; `internalrl demo code` is the same on programs",
         check="internalrl.demo:check",
     ),
     "demo code": Subcommand(
         "internalrl.demo_code:main",
-        "internalrl.demo_config:CodeDemoConfig",
+        "internalrl.settings.demos:CodeDemoConfig",
         "all three stages on programs, then the report",
         check="internalrl.demo_code:check",
     ),
     "serve": Subcommand(
-        "internalrl.serving.serve:main",
-        "internalrl.serving.serve:ServeConfig",
+        "internalrl.serving.main:main",
+        "internalrl.serving.main:ServeConfig",
         "serve a base and its adapters behind the OpenAI API",
         tool=True,
     ),
     "adapters": Subcommand(
-        "internalrl.serving.registry_cli:main",
-        "internalrl.serving.registry_cli:AdaptersConfig",
+        "internalrl.serving.registry.cli:main",
+        "internalrl.serving.registry.cli:AdaptersConfig",
         "versions of adapters: list, add, promote, rollback, remove, split",
         tool=True,
     ),
     "strategies": Subcommand(
-        "internalrl.serving.strategies_cli:main",
-        "internalrl.serving.strategies_cli:StrategiesConfig",
+        "internalrl.strategies.cli:main",
+        "internalrl.strategies.cli:StrategiesConfig",
         "libraries of an adapter's strategies: fit, list, name",
         tool=True,
     ),
     "audit": Subcommand(
-        "internalrl.serving.audit_cli:main",
-        "internalrl.serving.audit_cli:AuditConfig",
+        "internalrl.serving.audit.cli:main",
+        "internalrl.serving.audit.cli:AuditConfig",
         "what the served models decided",
         tool=True,
     ),
     "keys": Subcommand(
-        "internalrl.serving.keys_cli:main",
-        "internalrl.serving.keys_cli:KeysConfig",
+        "internalrl.serving.keys:main",
+        "internalrl.serving.keys:KeysConfig",
         "keys of the API: create, list, revoke",
         tool=True,
     ),
@@ -168,7 +168,7 @@ def parse(argv: Sequence[str]) -> Command:
         raise InternalRLError(f"{name!r} is no subcommand; {hint}")
     import tyro
 
-    from internalrl.config import ReadOptions, RunOptions, ToolOptions
+    from internalrl.settings.options import ReadOptions, RunOptions, ToolOptions
 
     subcommand = SUBCOMMANDS[name]
     config_type = _load(subcommand.config)
@@ -204,9 +204,9 @@ def parse(argv: Sequence[str]) -> Command:
 
 def _starting_point(name: str, config_type: type, argv: Sequence[str]) -> tuple[Any, int]:
     """The config and seed under the command line's own values: defaults or stored run, preset, YAML."""
-    from internalrl.config import PRESETS
-    from internalrl.configio import from_dict, load_yaml
-    from internalrl.runlog import read_run
+    from internalrl.run.folder import read_run
+    from internalrl.settings.options import PRESETS
+    from internalrl.settings.schema import from_dict, load_yaml
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--config", "--preset", "--run"):
@@ -237,10 +237,10 @@ def _default_run(name: str) -> Path:
 
 
 def _run(command: Command) -> dict[str, Any]:
-    from internalrl.config import RunOptions, ToolOptions
-    from internalrl.configio import to_dict
-    from internalrl.files import jsonable
-    from internalrl.runlog import RunFolder
+    from internalrl.run.files import jsonable
+    from internalrl.run.folder import RunFolder
+    from internalrl.settings.options import RunOptions, ToolOptions
+    from internalrl.settings.schema import to_dict
 
     subcommand, options = SUBCOMMANDS[command.name], command.options
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would stand between our own lines

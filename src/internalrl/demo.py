@@ -8,23 +8,23 @@ from typing import Any
 
 import torch
 
-from internalrl.analysis import report
 from internalrl.analysis.probe import probe
+from internalrl.analysis.report import report
 from internalrl.base.pretrain import build, pretrain
 from internalrl.base.pretrain import check as check_grid
 from internalrl.base.pretrain import evaluate as evaluate_base
 from internalrl.base.trajectory import load_trajectory_model, save_trajectory_model
-from internalrl.demo_config import DemoConfig
+from internalrl.controller.adapter import Adapter
+from internalrl.controller.steered import SteeredModel
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.grid import GridMaterial
 from internalrl.discovery.train import discover
-from internalrl.domains.grid import parse_task
+from internalrl.domains.grid.world import parse_task
 from internalrl.errors import InternalRLError
-from internalrl.internal_rl.train import grid_environments, make_agent, reinforce
-from internalrl.metacontroller.adapter import Adapter
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.runlog import RunFolder
-from internalrl.stages import ReportConfig
+from internalrl.reinforce.train import grid_environments, make_agent, reinforce
+from internalrl.run.folder import RunFolder
+from internalrl.settings.demos import DemoConfig
+from internalrl.settings.stages import ReportConfig
 
 
 def main(config: DemoConfig, run: RunFolder) -> dict[str, Any]:

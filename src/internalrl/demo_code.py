@@ -9,29 +9,29 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from internalrl.analysis import report
+from internalrl.analysis.report import report
 from internalrl.base.loading import load_base
 from internalrl.base.pretrain_text import build_language_model, completion_nll, pretrain_text, save_language_model
 from internalrl.base.text_data import tokenise
-from internalrl.demo_config import CodeDemoConfig
+from internalrl.controller.steered import SteeredModel, bare
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.programs import CodeDomain
 from internalrl.discovery.text import TextMaterial
 from internalrl.discovery.train import discover
-from internalrl.domains.code import PROMPT, CodeConfig, entropy, log_prob, sample_programs
-from internalrl.domains.code_tasks import task_rewards, tasks
-from internalrl.domains.code_tokenizer import build_tokenizer
-from internalrl.domains.sandbox import Sandbox
+from internalrl.domains.code.grammar import PROMPT, CodeConfig, entropy, log_prob, sample_programs
+from internalrl.domains.code.sandbox.sandbox import Sandbox
+from internalrl.domains.code.tasks import task_rewards, tasks
+from internalrl.domains.code.tokenizer import build_tokenizer
 from internalrl.errors import InternalRLError
-from internalrl.internal_rl.rewards import Rewards
-from internalrl.internal_rl.train import RECENT
-from internalrl.internal_rl.trainer import make_text_agent
-from internalrl.internal_rl.writing import Writing
-from internalrl.metacontroller.steered import SteeredModel, bare
-from internalrl.processes import Processes
-from internalrl.runlog import RunFolder
-from internalrl.stages import CompletionConfig, ReportConfig
-from internalrl.streams import Stream
+from internalrl.reinforce.rewards import Rewards
+from internalrl.reinforce.train import RECENT
+from internalrl.reinforce.trainer import make_text_agent
+from internalrl.reinforce.writing import Writing
+from internalrl.run.folder import RunFolder
+from internalrl.run.processes import Processes
+from internalrl.run.streams import Stream
+from internalrl.settings.demos import CodeDemoConfig
+from internalrl.settings.stages import CompletionConfig, ReportConfig
 
 CODE = CodeConfig()
 HELD_OUT = 2048  # programs that the base is measured on

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import pytest
 from tyro.conf import Positional, subcommand
 
-from internalrl import cli, config
+from internalrl import cli
 from internalrl.errors import InternalRLError
-from internalrl.runlog import RunFolder
+from internalrl.run.folder import RunFolder
+from internalrl.settings import options as config
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from internalrl import cli, demo_code, loop
-from internalrl.analysis import programs as shown
+from internalrl import cli, demo_code
+from internalrl.analysis.report import programs as shown
 from internalrl.discovery import programs as measured
-from internalrl.domains import code_tasks
-from internalrl.runlog import read_metrics
-from internalrl.stages import ReportConfig
+from internalrl.domains.code import tasks as code_tasks
+from internalrl.run import loop
+from internalrl.run.folder import read_metrics
+from internalrl.settings.stages import ReportConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:The (switch|codes)", "ignore:No spliced text")
 

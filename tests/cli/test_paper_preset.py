@@ -12,7 +12,7 @@ import pytest
 from internalrl import cli
 from internalrl.base import pretrain
 from internalrl.discovery import grid
-from internalrl.runlog import RunFolder
+from internalrl.run.folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The (switch|codes)")
 

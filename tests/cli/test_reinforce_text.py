@@ -13,12 +13,12 @@ import pytest
 from internalrl import cli
 from internalrl.analysis import evaluate_text
 from internalrl.base.pretrain_text import save_language_model
-from internalrl.metacontroller.rollout import rollout
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.runlog import RunFolder
-from tests.conversing import rows, steered_answers, talking
-from tests.language import language_model, steer
-from tests.written import letters
+from internalrl.controller.steered import SteeredModel
+from internalrl.players.stepwise import rollout
+from internalrl.run.folder import RunFolder
+from tests.support.conversing import rows, steered_answers, talking
+from tests.support.language import language_model, steer
+from tests.support.written import letters
 
 
 def half_of(completions: list[str], weight: list[float], **columns: Any) -> list[float]:
@@ -171,7 +171,7 @@ def test_environments_are_named_by_a_path(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows(4)))
     (tmp_path / "rl.yaml").write_text(
         f"discovered: {tmp_path / 'discovered'}\nprompts: {tmp_path / 'prompts.jsonl'}\n"
-        "environment: tests.conversing.Box\nrewards: [tests.conversing.right]\n"
+        "environment: tests.support.conversing.Box\nrewards: [tests.support.conversing.right]\n"
         "max_completion_length: 64\nnum_generations: 4\nbatch_size: 8\nepisodes: 8\npolicy_hidden: 6\n"
     )
     assert reinforce(tmp_path) == 0

@@ -13,18 +13,18 @@ import torch
 from numpy.typing import NDArray
 
 from internalrl.analysis import evaluate_text
-from internalrl.analysis.runs import find, open_models, require_codes, run_task
+from internalrl.analysis.report.runs import find, open_models, require_codes, run_task
 from internalrl.base.loading import load_base
 from internalrl.base.trajectory import TrajectoryModel
-from internalrl.domains.grid import GridBatch, GridConfig, Layouts, parse_task, sample_layouts
+from internalrl.controller.policy import PolicyActor
+from internalrl.controller.steered import Propose, SteeredModel, bare
+from internalrl.domains.grid.world import GridBatch, GridConfig, Layouts, parse_task, sample_layouts
 from internalrl.errors import InternalRLError
-from internalrl.metacontroller.limits import Limits
-from internalrl.metacontroller.policy import PolicyActor
-from internalrl.metacontroller.rollout import Rollout, prior, rollout
-from internalrl.metacontroller.steered import Propose, SteeredModel, bare
-from internalrl.runlog import RunFolder, read_run
-from internalrl.stages import EvaluateConfig
-from internalrl.streams import Stream
+from internalrl.players.stepwise import Rollout, prior, rollout
+from internalrl.run.folder import RunFolder, read_run
+from internalrl.run.streams import Stream
+from internalrl.settings.stages import EvaluateConfig
+from internalrl.strategies.limits import Limits
 
 CHUNK = 1024
 """Episodes played at once."""

@@ -11,23 +11,23 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from internalrl.analysis.runs import find, open_steered, require_codes
+from internalrl.analysis.report.runs import find, open_steered, require_codes
 from internalrl.base.loading import load_tokenizer
 from internalrl.base.text_data import Rows
-from internalrl.domains.code import PROMPT, CodeConfig
-from internalrl.domains.code_tasks import tasks
+from internalrl.controller.policy import PolicyActor
+from internalrl.controller.steered import Propose, bare
+from internalrl.domains.code.grammar import PROMPT, CodeConfig
+from internalrl.domains.code.tasks import tasks
 from internalrl.errors import InternalRLError
-from internalrl.internal_rl.completions import Completions
-from internalrl.internal_rl.conversing import make_writing
-from internalrl.internal_rl.rewards import load_function
-from internalrl.internal_rl.writing import Writing
-from internalrl.metacontroller.policy import PolicyActor
-from internalrl.metacontroller.rollout import Rollout, RowChance, prior, rollout
-from internalrl.metacontroller.steered import Propose, bare
-from internalrl.processes import Processes
-from internalrl.runlog import RunFolder, read_run
-from internalrl.stages import CompletionConfig, EvaluateConfig
-from internalrl.streams import Stream
+from internalrl.players.stepwise import Rollout, RowChance, prior, rollout
+from internalrl.reinforce.completions import Completions
+from internalrl.reinforce.conversing import make_writing
+from internalrl.reinforce.rewards import load_function
+from internalrl.reinforce.writing import Writing
+from internalrl.run.folder import RunFolder, read_run
+from internalrl.run.processes import Processes
+from internalrl.run.streams import Stream
+from internalrl.settings.stages import CompletionConfig, EvaluateConfig
 
 CHUNK = 512
 """Completions written at once."""
@@ -90,7 +90,7 @@ def find_asked(config: EvaluateConfig, run: RunFolder) -> Asked:
     rewards, environment = config.rewards or tuple(find(stored, "rewards") or ()), find(stored, "environment")
     if prompts is None and (idioms := find(stored, "idioms")):  # the demo's task
         prompts = [{"prompt": PROMPT, "chain": tasks(CodeConfig())[idioms].chain}]
-        rewards = rewards or ("internalrl.domains.code_tasks.passes_tests",)
+        rewards = rewards or ("internalrl.domains.code.tasks.passes_tests",)
     if prompts is None or not (rewards or environment):
         raise InternalRLError(
             f"Run {run.path} has no prompts and rewards of its own; give --prompts, a JSONL file, and --rewards."

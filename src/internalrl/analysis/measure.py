@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from internalrl.analysis.evaluate import Episodes
 from internalrl.base.batches import Batch, split, to_batch
 from internalrl.base.trajectory import TrajectoryModel
+from internalrl.controller.steered import SteeredModel
 from internalrl.discovery.evaluate import free_play
 from internalrl.discovery.objective import Episodes as Demonstrated
 from internalrl.discovery.objective import action_nll
-from internalrl.domains.grid import Demonstrations, GridConfig, demonstrate, pretraining_tasks
-from internalrl.domains.grid_bayes import bayes_filter, expert_nll
-from internalrl.domains.grid_play import entered_colors, subgoal_transitions
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.streams import Stream
+from internalrl.domains.grid.bayes import bayes_filter, expert_nll
+from internalrl.domains.grid.play import entered_colors, subgoal_transitions
+from internalrl.domains.grid.world import Demonstrations, GridConfig, demonstrate, pretraining_tasks
+from internalrl.run.streams import Stream
 
 NO_SUBGOAL = -1
 """In place of a subgoal's number: the segment did not begin with the two colours of one."""

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from internalrl.base.batches import split, to_batch
 from internalrl.base.residual import find_blocks
 from internalrl.base.trajectory import TrajectoryModel
-from internalrl.domains.grid import Demonstrations, GridConfig, demonstrate, pretraining_tasks
-from internalrl.domains.grid_bayes import bayes_filter
-from internalrl.streams import Stream
+from internalrl.domains.grid.bayes import bayes_filter
+from internalrl.domains.grid.world import Demonstrations, GridConfig, demonstrate, pretraining_tasks
+from internalrl.run.streams import Stream
 
 FIT_STEPS = 8000
 """Steps that a probe is fitted on, drawn at random from the demonstrations: more change the result little."""

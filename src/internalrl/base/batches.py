@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internalrl.domains.grid import Demonstrations, GridConfig, demonstrate, observe, pretraining_tasks
-from internalrl.streams import Stream
+from internalrl.domains.grid.world import Demonstrations, GridConfig, demonstrate, observe, pretraining_tasks
+from internalrl.run.streams import Stream
 
 BUCKET = 8  # batches that are drawn together and sorted by length, so that padding is short
 

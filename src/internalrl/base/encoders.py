@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internalrl.domains.grid_layouts import GridConfig
+from internalrl.domains.grid.layouts import GridConfig
 
 GAIN = 10.0
 """Factor on what the planner learns: Adam moves a parameter by a learning rate per step at most, and entry costs have

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from internalrl.base.batches import Batch, demonstration_batches, split, to_batch
 from internalrl.base.residual import find_blocks
 from internalrl.base.trajectory import TrajectoryConfig, TrajectoryModel, llama_backbone, save_trajectory_model
-from internalrl.domains.grid import GridConfig, demonstrate, pretraining_tasks
-from internalrl.domains.grid_bayes import bayes_filter
-from internalrl.loop import Loop, optimise
-from internalrl.runlog import RunFolder
-from internalrl.stages import BaseConfig, BaseTrainingConfig, PretrainConfig
-from internalrl.streams import Stream
+from internalrl.domains.grid.bayes import bayes_filter
+from internalrl.domains.grid.world import GridConfig, demonstrate, pretraining_tasks
+from internalrl.run.folder import RunFolder
+from internalrl.run.loop import Loop, optimise
+from internalrl.run.streams import Stream
+from internalrl.settings.stages import BaseConfig, BaseTrainingConfig, PretrainConfig
 
 WARMUP_STEPS = 20
 LOG_EVERY = 10

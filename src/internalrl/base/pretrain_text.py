@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from internalrl.base.pretrain import train_base
 from internalrl.base.text_data import Examples, TextBatch, pad_token, text_batches
-from internalrl.files import write_errors
-from internalrl.loop import Loop
-from internalrl.runlog import RunFolder
-from internalrl.stages import PretrainTextConfig
-from internalrl.streams import Stream
+from internalrl.run.files import write_errors
+from internalrl.run.folder import RunFolder
+from internalrl.run.loop import Loop
+from internalrl.run.streams import Stream
+from internalrl.settings.stages import PretrainTextConfig
 
 
 def build_language_model(config: PretrainTextConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

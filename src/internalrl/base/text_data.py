@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from internalrl.errors import InternalRLError
-from internalrl.streams import Stream
+from internalrl.run.streams import Stream
 
 Rows = Sequence[Mapping[str, Any]]
 """A dataset: a list of dicts, or a `datasets.Dataset`, which is one to its reader."""

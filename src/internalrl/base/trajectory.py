@@ -16,9 +16,9 @@ from transformers.utils.generic import ModelOutput
 
 from internalrl.base.caches import PreallocatedLayer
 from internalrl.base.encoders import ENCODERS, EncoderState
-from internalrl.domains.grid_layouts import GridConfig
+from internalrl.domains.grid.layouts import GridConfig
 from internalrl.errors import InternalRLError
-from internalrl.files import write_errors, write_together
+from internalrl.run.files import write_errors, write_together
 
 
 class TrajectoryConfig(PretrainedConfig):

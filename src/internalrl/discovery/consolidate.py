@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from internalrl.controller.steered import SteeredModel
 from internalrl.discovery.material import Material
 from internalrl.discovery.rehearse import rehearse
-from internalrl.loop import Loop, optimise
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.runlog import RunFolder
-from internalrl.stages import ConsolidateConfig
-from internalrl.streams import Stream
+from internalrl.run.folder import RunFolder
+from internalrl.run.loop import Loop, optimise
+from internalrl.run.streams import Stream
+from internalrl.settings.stages import ConsolidateConfig
 
 LOG_EVERY = 10
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from internalrl.base.batches import Batch
+from internalrl.controller.steered import SteeredModel
 from internalrl.discovery.objective import Episodes, action_nll, opening
-from internalrl.domains.grid import GridConfig, sample_layouts
-from internalrl.domains.grid_play import FreePlay, entered_colors, subgoal_transitions
-from internalrl.metacontroller.rollout import Rollout, prior, rollout
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.streams import Stream
+from internalrl.domains.grid.play import FreePlay, entered_colors, subgoal_transitions
+from internalrl.domains.grid.world import GridConfig, sample_layouts
+from internalrl.players.stepwise import Rollout, prior, rollout
+from internalrl.run.streams import Stream
 
 
 def boundary_f1(predicted: Tensor, true: Tensor, mask: Tensor, tolerance: int = 1) -> float:

@@ -10,15 +10,15 @@ import torch
 from torch.nn import functional as F
 
 from internalrl.base.batches import Batch, demonstration_batches, held_out
+from internalrl.controller.metacontroller import Metacontroller
+from internalrl.controller.steered import SteeredModel
 from internalrl.discovery.consolidate import Lesson
 from internalrl.discovery.evaluate import alignment, free_play, pass_rates
 from internalrl.discovery.objective import Episodes
 from internalrl.discovery.rehearse import Rehearsal
-from internalrl.domains.grid import GridConfig, observe
-from internalrl.metacontroller.model import Metacontroller
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.stages import ConsolidateConfig, DiscoverConfig, RehearseConfig
-from internalrl.streams import Stream
+from internalrl.domains.grid.world import GridConfig, observe
+from internalrl.run.streams import Stream
+from internalrl.settings.stages import ConsolidateConfig, DiscoverConfig, RehearseConfig
 
 TOGETHER = 1024  # episodes played at once: few enough for the cache of a core
 

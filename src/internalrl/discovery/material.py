@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from internalrl.base.batches import Batch
+    from internalrl.controller.metacontroller import Metacontroller
+    from internalrl.controller.steered import SteeredModel
     from internalrl.discovery.consolidate import Lesson
     from internalrl.discovery.objective import Episodes
     from internalrl.discovery.rehearse import Rehearsal
-    from internalrl.metacontroller.model import Metacontroller
-    from internalrl.metacontroller.steered import SteeredModel
-    from internalrl.stages import ConsolidateConfig, DiscoverConfig, RehearseConfig
+    from internalrl.settings.stages import ConsolidateConfig, DiscoverConfig, RehearseConfig
 
 
 class Material(Protocol):

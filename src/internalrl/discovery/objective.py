@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internalrl.base.batches import Batch
-from internalrl.metacontroller.model import Proposals, Segmentation, SwitchMode, held_code
-from internalrl.metacontroller.steered import SteeredModel
+from internalrl.controller.metacontroller import Proposals, Segmentation, SwitchMode, held_code
+from internalrl.controller.steered import SteeredModel
 
 SAMPLING_TEMPERATURE = 1 / 3  # of switches under the counterfactual gradient: close to what they will be at test time
 LARGEST_EFFECT = 2.0  # nats; one edit never counts for more

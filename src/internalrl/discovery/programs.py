@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from internalrl.base.text_data import context_length
+from internalrl.controller.steered import SteeredModel
 from internalrl.discovery.objective import Episodes
-from internalrl.domains.code import PROMPT, CodeConfig, Reading, parse
-from internalrl.domains.code_tasks import hidden_inputs
-from internalrl.domains.code_tokenizer import boundaries
-from internalrl.domains.sandbox import Sandbox
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.streams import Stream
+from internalrl.domains.code.grammar import PROMPT, CodeConfig, Reading, parse
+from internalrl.domains.code.sandbox.sandbox import Sandbox
+from internalrl.domains.code.tasks import hidden_inputs
+from internalrl.domains.code.tokenizer import boundaries
+from internalrl.run.streams import Stream
 
 if TYPE_CHECKING:
     from internalrl.discovery.text import TextMaterial

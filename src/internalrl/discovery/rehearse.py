@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internalrl.base.batches import Batch
+from internalrl.controller.metacontroller import Metacontroller, held_code
+from internalrl.controller.steered import SteeredModel
 from internalrl.discovery.material import Material
 from internalrl.discovery.objective import Episodes, action_nll
-from internalrl.loop import Loop, optimise
-from internalrl.metacontroller.model import Metacontroller, held_code
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.runlog import RunFolder
-from internalrl.stages import RehearseConfig
-from internalrl.streams import Stream
+from internalrl.run.folder import RunFolder
+from internalrl.run.loop import Loop, optimise
+from internalrl.run.streams import Stream
+from internalrl.settings.stages import RehearseConfig
 
 LOG_EVERY = 10
 

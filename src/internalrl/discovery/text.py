@@ -17,16 +17,16 @@ from torch.nn import functional as F
 
 from internalrl.base.batches import Batch
 from internalrl.base.text_data import Examples, TextBatch, context_length
+from internalrl.controller.metacontroller import Metacontroller
+from internalrl.controller.steered import SteeredModel
 from internalrl.discovery.consolidate import Lesson
 from internalrl.discovery.evaluate import alignment
 from internalrl.discovery.objective import Episodes, opening
 from internalrl.discovery.rehearse import Rehearsal
 from internalrl.discovery.splice import Cut, splice
 from internalrl.errors import InternalRLError
-from internalrl.metacontroller.model import Metacontroller
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.stages import ConsolidateConfig, DiscoverConfig, RehearseConfig
-from internalrl.streams import Stream
+from internalrl.run.streams import Stream
+from internalrl.settings.stages import ConsolidateConfig, DiscoverConfig, RehearseConfig
 
 HELD_OUT = 256  # texts, at most a tenth of them all, that are measured on and never learned from
 

@@ -15,6 +15,9 @@ from internalrl.base.loading import load_tokenizer
 from internalrl.base.pretrain_text import save_language_model
 from internalrl.base.text_data import tokenise
 from internalrl.base.trajectory import TrajectoryModel, load_trajectory_model, save_trajectory_model
+from internalrl.controller.adapter import Adapter
+from internalrl.controller.metacontroller import Metacontroller
+from internalrl.controller.steered import SteeredModel
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.grid import GridMaterial
 from internalrl.discovery.material import Material
@@ -22,16 +25,13 @@ from internalrl.discovery.objective import Coefficients, discovery_loss
 from internalrl.discovery.programs import CodeDomain
 from internalrl.discovery.slow import slow_features
 from internalrl.discovery.text import TextMaterial
-from internalrl.domains.code import CodeConfig
-from internalrl.domains.code_tokenizer import load_tokenizer as load_code_tokenizer
+from internalrl.domains.code.grammar import CodeConfig
+from internalrl.domains.code.tokenizer import load_tokenizer as load_code_tokenizer
 from internalrl.errors import InternalRLError
-from internalrl.loop import Loop, optimise
-from internalrl.metacontroller.adapter import Adapter
-from internalrl.metacontroller.model import Metacontroller
-from internalrl.metacontroller.steered import SteeredModel
-from internalrl.runlog import RunFolder
-from internalrl.stages import DiscoverConfig
-from internalrl.streams import Stream
+from internalrl.run.folder import RunFolder
+from internalrl.run.loop import Loop, optimise
+from internalrl.run.streams import Stream
+from internalrl.settings.stages import DiscoverConfig
 
 LOG_EVERY = 10
 SLOW_EPISODES = 1024  # that slow features are found on

@@ -8,6 +8,6 @@ def register_environments() -> None:
     if "internalrl/Grid-v0" not in registry:
         register(
             id="internalrl/Grid-v0",
-            entry_point="internalrl.domains.grid_env:GridEnv",
-            vector_entry_point="internalrl.domains.grid_env:GridVectorEnv",
+            entry_point="internalrl.domains.grid.gym:GridEnv",
+            vector_entry_point="internalrl.domains.grid.gym:GridVectorEnv",
         )

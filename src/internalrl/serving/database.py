@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, MetaData, create_engine, event, make_
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from internalrl.errors import InternalRLError
-from internalrl.files import write_errors
+from internalrl.run.files import write_errors
 
 _PATIENCE = 30.0
 """Seconds that a writer of SQLite waits for another one."""

@@ -1,0 +1,1 @@
+"""The metacontroller and the steered model."""

@@ -1,0 +1,1 @@
+"""Programs written in idioms, and a sandbox to run them in."""

@@ -1,1 +1,0 @@
-"""The method: the metacontroller's equations, the steered model and its adapters."""

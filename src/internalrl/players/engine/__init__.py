@@ -1,0 +1,1 @@
+"""Continuous batching of steered language models, without HTTP."""

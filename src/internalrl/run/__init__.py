@@ -1,0 +1,1 @@
+"""Run folders, checkpoints, the resumable loop, random streams."""

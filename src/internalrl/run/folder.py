@@ -1,0 +1,281 @@
+"""Run folders: config.json, metrics.jsonl and checkpoints/, so that a kill at any moment harms nothing.
+
+A run is one command. Its folder says everything needed to repeat it; `metrics.jsonl` holds one line per
+logged step and stage, and a resumed run first rewinds it to its checkpoint, so that the curve is that of an
+uninterrupted run. Importing this module loads no torch, so that the command line can read a run at once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from internalrl.errors import InternalRLError
+from internalrl.run.files import PARTIAL, jsonable, write_atomic, write_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder; make one with `create`, or `open` a finished one."""
+
+    path: Path
+    """The folder: config.json, metrics.jsonl, checkpoints/ and what the stage adds."""
+    seed: int = 0
+    """The run's seed; all of a stage's randomness derives from it."""
+    resumed: bool = False
+    """True when the run continues from its checkpoints."""
+    silent: bool = False
+    """True in all but the first of several processes: nothing is written or shown."""
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        config: Mapping[str, Any],
+        *,
+        seed: int,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> RunFolder:
+        """Make the folder with its config.json, or continue in it; `config` is the full config, JSON-able.
+
+        A folder that is not empty is refused unless `resume` (config and seed must then be the stored ones)
+        or `overwrite` (it must then be a run folder, and is emptied). InternalRLError says what failed.
+        """
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise InternalRLError(f"Run folder {path} is a file; choose another --run.")
+        in_use = path.is_dir() and any(not entry.name.startswith(PARTIAL) for entry in path.iterdir())
+        if resume:
+            if not in_use:
+                raise InternalRLError(f"There is no run to resume in {path}; start it without --resume.")
+            _require_same(path, {**config, "seed": seed})
+            run = cls(path, seed, resumed=True)
+            run._make_folders()
+            run._keep_metrics(lambda line: True)
+            for leftover in path.rglob(f"{PARTIAL}*"):
+                leftover.unlink()
+            return run
+        if in_use and not overwrite:
+            raise InternalRLError(
+                f"Run folder {path} is not empty; add --resume to continue it, --overwrite to replace it, "
+                "or choose another --run."
+            )
+        if in_use:
+            read_run(path)  # refuses to empty a folder that is no run
+            shutil.rmtree(path)
+        run = cls(path, seed)
+        with write_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        # The config comes first: a folder that holds anything else, but no config, is taken for someone else's.
+        run.write_json("config.json", {"config": config, "seed": seed, **environment()})
+        run._make_folders()
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path, seed: int = 0) -> RunFolder:
+        """A run made before, to be read; refuses a folder that is none."""
+        read_run(path)
+        return cls(Path(path), seed)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def _make_folders(self) -> None:
+        with write_errors(self.checkpoints):
+            self.checkpoints.mkdir(exist_ok=True)
+
+    def log(self, stage: str, step: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl: stage, step and values (numbers, tensors, arrays, lists, None).
+
+        Raises InternalRLError naming the first number that is not finite. Times differ between a resumed and
+        an uninterrupted run: keep them out, or log them as `seconds`.
+        """
+        for name, value in values.items():
+            if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+                value = value.item()
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InternalRLError(
+                    f"{stage} stopped at step {step}: {name} is {value}; "
+                    "lower the learning rate or check the data, then resume from the last checkpoint."
+                )
+        if self.silent:
+            return
+        line = json.dumps(jsonable({"stage": stage, "step": step, **values}))
+        file = self.path / "metrics.jsonl"
+        with write_errors(file), open(file, "a", encoding="utf-8") as lines:
+            lines.write(line + "\n")
+
+    def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
+        """All logged lines in order, or those of one stage."""
+        return [line for line in read_metrics(self.path) if stage in (None, line["stage"])]
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop this stage's metrics after `step`, the last that the loaded checkpoint includes (-1: all)."""
+        if not self.silent:
+            self._keep_metrics(lambda line: line["stage"] != stage or line["step"] <= step)
+
+    def _keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        if (self.path / "metrics.jsonl").exists():
+            lines = [json.dumps(line) + "\n" for line in read_metrics(self.path) if keep(line)]
+            write_atomic(self.path / "metrics.jsonl", "".join(lines).encode())
+
+    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Write checkpoints/<name>.safetensors whole or not at all; see `checkpoint.save_checkpoint`."""
+        from internalrl.run.checkpoint import save_checkpoint
+
+        if not self.silent:
+            save_checkpoint(self.checkpoints / f"{name}.safetensors", tensors, state)
+
+    def load_checkpoint(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Read checkpoints/<name>.safetensors; see `checkpoint.load_checkpoint`."""
+        from internalrl.run.checkpoint import load_checkpoint
+
+        return load_checkpoint(self.checkpoints / f"{name}.safetensors")
+
+    def has_checkpoint(self, name: str) -> bool:
+        """Whether checkpoints/<name>.safetensors exists."""
+        return (self.checkpoints / f"{name}.safetensors").is_file()
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file (config.json, summary.json) into the folder, whole or not at all."""
+        if not self.silent:
+            write_atomic(self.path / name, (json.dumps(jsonable(content), indent=2) + "\n").encode())
+
+
+def _require_same(path: Path, wanted: Mapping[str, Any]) -> None:
+    stored = read_run(path)
+    found = {**stored["config"], "seed": stored["seed"]}
+    wanted = jsonable(wanted)
+    changed = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    if changed:
+        raise InternalRLError(
+            f"Run {path} was started with other values of {', '.join(changed)}; resume it with the values "
+            "in its config.json, or start a new --run."
+        )
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """The content of a run's config.json: `config`, `seed`, `versions`, ...; refuses a folder without one."""
+    file = Path(path) / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InternalRLError(f"{path} is not a run folder: {file} is missing or unreadable.") from error
+    if not (isinstance(content, dict) and {"config", "seed", "versions"} <= content.keys()):
+        raise InternalRLError(f"{path} is not a run folder: {file} was not written by internalrl.")
+    return content
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line torn by a kill is left out."""
+    file = Path(path) / "metrics.jsonl"
+    texts = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    try:
+        return [json.loads(text) for text in texts if text.endswith("\n")]
+    except ValueError as error:
+        raise InternalRLError(f"{file} holds a line that is not JSON; remove that line, or the run.") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware, threads and git commit, to be stored with results."""
+    versions = {"python": platform.python_version()}
+    for package in ("internalrl", "torch", "transformers", "numpy", "gymnasium"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
+    return {
+        "versions": versions,
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "gpu": gpu,
+            "platform": platform.platform(),
+        },
+        "threads": torch.get_num_threads() if torch else None,
+        "git": _git_commit(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this package runs from, with -dirty; None when there is no checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", "folder.py"], capture_output=True, check=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@contextmanager
+def progress(label: str, total: int, done: int = 0, silent: bool = False) -> Iterator[Callable[..., None]]:
+    """Show progress on stderr, if not `silent`: a bar with ETA on a terminal, else a line about every ten seconds.
+
+    Yields `advance(steps=1, **shown)`; `shown` numbers, such as loss=0.31, stand beside the bar.
+    """
+    began, first = time.monotonic(), done
+
+    def text(shown: Mapping[str, float]) -> str:
+        return " ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+    if silent:
+        yield lambda steps=1, **shown: None
+        return
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.fields[shown]}"), console=Console(stderr=True)) as bar:
+            task = bar.add_task(label, total=total, completed=done, shown="")
+            yield lambda steps=1, **shown: bar.update(task, advance=steps, shown=text(shown))
+        return
+
+    last = began
+
+    def advance(steps: int = 1, **shown: float) -> None:
+        nonlocal done, last
+        done += steps
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES or done == total:
+            last = now
+            left = (now - began) / max(done - first, 1) * (total - done)
+            print(
+                f"{label} {done}/{total}, {left:.0f} s left {text(shown)}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
+
+    yield advance

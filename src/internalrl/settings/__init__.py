@@ -1,0 +1,1 @@
+"""Settings: options of stages, presets, and their reading from YAML and run folders."""

@@ -1,0 +1,1 @@
+"""Named strategies and limits on codes."""
