@@ -10,7 +10,7 @@
 is `total`, then `accumulate`. The corpus is a stochastic grammar: the number of idioms is uniform, the first idiom is
 uniform, each next one is uniform among those that may follow, and each is written in a form drawn uniformly with
 helper names drawn uniformly. Some transitions are withheld: they occur in no program of the corpus, and the
-post-training tasks (code_tasks.py) are made of nothing else. No variant of an idiom begins another, so a program can be
+post-training tasks (tasks.py) are made of nothing else. No variant of an idiom begins another, so a program can be
 read in one way only, and its log-probability is a sum.
 """
 

@@ -116,7 +116,7 @@ def passes_tests(completions: Sequence[str], chain: Sequence[Sequence[str]], **_
 
 
 def returned(completions: Sequence[str], **_: object) -> list[str]:
-    """What programs make of the tests' inputs, for exploration; see `internal_rl.novelty`."""
+    """What programs make of the tests' inputs, for exploration; see `reinforce.novelty`."""
     outcomes = _shared_sandbox().run([PROMPT + completion for completion in completions], hidden_inputs())
     return [what_came(outcome) for outcome in outcomes]
 

@@ -4,7 +4,7 @@
         outcomes = sandbox.run(["def f(x):\n    return x[::-1]\n"], inputs=[[1, 2], [3]])
 
 A program is run to learn its outputs, nothing else. What they should be never enters the pool: the caller compares.
-So a program that takes over its own process can change what it answers, and nothing more. sandbox_worker.py has how
+So a program that takes over its own process can change what it answers, and nothing more. worker.py has how
 a program is confined, docs/code.md what that does and does not promise.
 """
 
@@ -42,9 +42,11 @@ FOLDER = str(Path(__file__).parent)
 
 WORKER = """
 import json, sys, types
-for name in ("internalrl", "internalrl.domains"):  # not the packages themselves: those import much more
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [sys.argv[1]]
+package = "internalrl.domains.code.sandbox"
+while package:  # not the packages themselves: those import much more
+    sys.modules[package] = types.ModuleType(package)
+    sys.modules[package].__path__ = [sys.argv[1]]
+    package = package.rpartition(".")[0]
 from internalrl.domains.code.sandbox.worker import main
 main(int(sys.argv[2]), json.loads(sys.argv[3]))
 """
@@ -171,7 +173,7 @@ class _Batch:
         self.waiting.extend((index,) for index in sorted(set(fitting) - set(short)))
 
     def request(self, group: tuple[int, ...]) -> bytes:
-        """The packet for a group; see sandbox_worker.py."""
+        """The packet for a group; see worker.py."""
         sources = ", ".join(self._sources[index] for index in group)
         return f'{json.dumps(self._task)[:-1]}, "sources": [{sources}]}}'.encode()
 
