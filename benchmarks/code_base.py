@@ -24,6 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy and torch are imported
 
 import numpy as np
 import torch
+from scipy.stats import sem
 from spread import spread
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -71,7 +72,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, code: Co
         "base": base_fingerprint(model)[:16],
         "nll_nats": round(float(nll.mean()), 4),
         "gap_nats": round(float(gap.mean()), 4),
-        "gap_standard_error": round(float(gap.std() / HELD_OUT**0.5), 4),
+        "gap_standard_error": round(float(sem(gap)), 4),
         "sampled": {str(temperature): sampled(model, tokenizer, code, temperature) for temperature in TEMPERATURES},
     }
 

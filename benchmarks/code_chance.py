@@ -130,7 +130,7 @@ def by_codes(
     return {
         length: {
             "chain": estimates[:, length - 1].mean(),
-            "standard_error": estimates[:, length - 1].std(ddof=1) / REPEATS**0.5,
+            "standard_error": stats.sem(estimates[:, length - 1]),
             "estimates": estimates[:, length - 1].tolist(),
             "hits": hits[length],
             "of": PLAIN,

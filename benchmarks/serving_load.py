@@ -33,6 +33,7 @@ from typing import Any
 import httpx2
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import bootstrap
 from spread import spread
 
 from internalrl.players.engine.requests import Request, SegmentRecord
@@ -274,8 +275,8 @@ async def _segments(client: httpx2.AsyncClient) -> int:
 
 def _interval(values: NDArray[np.float64]) -> list[float]:
     """95 % bootstrap interval of the median."""
-    medians = np.median(np.random.default_rng(0).choice(values, (10_000, len(values))), 1)
-    return [round(float(limit), 4) for limit in np.quantile(medians, (0.025, 0.975))]
+    found = bootstrap((values,), np.median, method="percentile", random_state=0)
+    return [round(float(limit), 4) for limit in found.confidence_interval]
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from internalrl.analysis import evaluate, measure
-from internalrl.analysis.evaluate import play, wilson
+from internalrl.analysis.evaluate import play
 from internalrl.analysis.measure import NO_SUBGOAL, Codes, coding, plane, references, segment_subgoal
 from internalrl.analysis.probe import _listening, limits, probe
 from internalrl.analysis.report import figures, report
@@ -51,14 +51,6 @@ def page(run: RunFolder) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- evaluate
-
-
-@pytest.mark.parametrize(
-    ("successes", "count", "low", "high"),
-    [(8, 10, 0.490163, 0.943318), (0, 10, 0.0, 0.277533), (10, 10, 0.722467, 1.0), (1, 1, 0.206549, 1.0)],
-)
-def test_wilson_interval(successes: int, count: int, low: float, high: float) -> None:
-    assert wilson(successes, count) == pytest.approx((low, high), abs=1e-5)
 
 
 @pytest.mark.parametrize("controller", ["policy", "prior", "off"])

@@ -89,7 +89,9 @@ def test_a_reinforced_model_is_evaluated(
         assert [weight for part in first for _, weight, _ in part] == [1, 2] * 4 + [1]
         rewards = np.array([reward for part in first for *_, reward in part])
         assert found[options]["reward"] == found[options]["rewards/spy/mean"] == pytest.approx(rewards.mean())
-        assert found[options]["reward_standard_error"] == pytest.approx(rewards.std() / 3, rel=1e-4)
+        low, high = found[options]["reward_95"]
+        assert low + high == pytest.approx(2 * rewards.mean())
+        assert high - low == pytest.approx(2 * 2.306004 * rewards.std(ddof=1) / 3, rel=1e-4), "t of nine rewards"
         seen.clear()
         evaluate(discovered, *options)
         capsys.readouterr()

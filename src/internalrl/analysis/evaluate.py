@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from internalrl.analysis import evaluate_text
 from internalrl.analysis.report.runs import find, open_models, require_codes, run_task
+from internalrl.analysis.statistics import wilson
 from internalrl.base.loading import load_base
 from internalrl.base.trajectory import TrajectoryModel
 from internalrl.controller.policy import PolicyActor
@@ -153,11 +153,3 @@ def _replay(environment: GridBatch, result: Rollout) -> Episodes:
         truncated |= timeout
         positions.append(environment.position)
     return Episodes(environment.layouts, result, np.stack(positions, 1), success, truncated)
-
-
-def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a success rate (95 % by default); it is right also near 0 and 1."""
-    rate, shrink = successes / count, 1 / (1 + z * z / count)
-    center = shrink * (rate + z * z / (2 * count))
-    half = shrink * z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
-    return max(center - half, 0.0), min(center + half, 1.0)

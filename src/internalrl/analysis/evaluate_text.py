@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from internalrl.analysis.report.runs import find, open_steered, require_codes
+from internalrl.analysis.statistics import mean_interval
 from internalrl.base.loading import load_tokenizer
 from internalrl.base.text_data import Rows
 from internalrl.controller.policy import PolicyActor
@@ -46,7 +47,7 @@ class Asked:
 def main(config: EvaluateConfig, run: RunFolder, base: PreTrainedModel) -> dict[str, Any]:
     """Let the models of `run` complete prompts, in turn until there are `config.episodes` completions.
 
-    Returns the mean reward with its standard error, the mean of each reward function, mean length in tokens, the
+    Returns the mean reward with its 95 % interval, the mean of each reward function, mean length in tokens, the
     fraction that the most tokens cut off, segments per completion (None with the controller off), and seconds.
     """
     if config.task is not None or config.forget is not None:
@@ -74,7 +75,7 @@ def main(config: EvaluateConfig, run: RunFolder, base: PreTrainedModel) -> dict[
         "deterministic": config.deterministic,
         "episodes": count,
         "reward": reward.mean().item(),
-        "reward_standard_error": reward.std(correction=0).item() / count**0.5,
+        "reward_95": mean_interval(reward.tolist()),
         **{name: value for name, value in writing.said(judged).items() if name.endswith("/mean")},
         "mean_length": float(np.mean(lengths)),
         "cut_off": cut / count,
