@@ -28,10 +28,10 @@ from scipy.stats import sem
 from spread import spread
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from internalrl.base.fingerprint import base_fingerprint
 from internalrl.base.loading import load_base
 from internalrl.base.pretrain_text import build_language_model, completion_nll, pretrain_text, save_language_model
 from internalrl.base.text_data import Examples, tokenise
-from internalrl.controller.adapter import base_fingerprint
 from internalrl.domains.code.grammar import PROMPT, CodeConfig, Programs, entropy, log_prob, parse, sample_programs
 from internalrl.domains.code.sandbox.sandbox import Sandbox
 from internalrl.domains.code.tasks import hidden_inputs

@@ -39,10 +39,10 @@ from spread import spread
 from temperature import CODE, solved, write
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from internalrl.base.fingerprint import base_fingerprint
 from internalrl.base.loading import load_base
 from internalrl.base.scoring import completion_log_probs
 from internalrl.base.text_data import tokenise
-from internalrl.controller.adapter import base_fingerprint
 from internalrl.controller.steered import SteeredModel
 from internalrl.domains.code.chance import Chance, Score, chain_chance, equivalents
 from internalrl.domains.code.grammar import END, PROMPT

@@ -29,10 +29,10 @@ import torch
 from code_base import train
 from spread import spread
 
+from internalrl.base.fingerprint import base_fingerprint
 from internalrl.base.loading import load_base
 from internalrl.base.pretrain_text import completion_nll
 from internalrl.base.text_data import tokenise
-from internalrl.controller.adapter import base_fingerprint
 from internalrl.controller.steered import SteeredModel
 from internalrl.discovery.consolidate import consolidate
 from internalrl.discovery.programs import CodeDomain

@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy and torch are imported
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from internalrl.controller.adapter import base_fingerprint
+from internalrl.base.fingerprint import base_fingerprint
 from internalrl.controller.steered import SteeredModel
 from internalrl.domains.code.grammar import PROMPT, CodeConfig
 from internalrl.domains.code.sandbox.sandbox import Sandbox

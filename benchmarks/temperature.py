@@ -35,8 +35,8 @@ from matplotlib.figure import Figure
 from spread import spread
 from transformers import PreTrainedTokenizerFast
 
+from internalrl.base.fingerprint import base_fingerprint
 from internalrl.base.loading import load_base
-from internalrl.controller.adapter import base_fingerprint
 from internalrl.controller.steered import SteeredModel, bare
 from internalrl.domains.code.grammar import PROMPT, CodeConfig, parse
 from internalrl.domains.code.sandbox.sandbox import Outcome, Sandbox

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CompileConfig, LlamaForCausalLM, PreTrainedModel
 
+from internalrl.base.fingerprint import base_fingerprint
 from internalrl.base.loading import load_base
-from internalrl.controller.adapter import base_fingerprint
 from internalrl.controller.steered import SteeredModel
 from internalrl.errors import InternalRLError
 from tests.support.language import from_config, language_model, prompts, randomise, steer, steered_language_model

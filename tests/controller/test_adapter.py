@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -16,8 +17,9 @@ import safetensors.torch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from internalrl.base.fingerprint import base_fingerprint
 from internalrl.base.trajectory import load_trajectory_model
-from internalrl.controller.adapter import CONFIG_FILE, TENSOR_FILE, base_fingerprint
+from internalrl.controller.adapter import CONFIG_FILE, TENSOR_FILE
 from internalrl.controller.policy import Policy
 from internalrl.controller.steered import SteeredModel
 from internalrl.errors import InternalRLError
@@ -123,7 +125,6 @@ def test_fingerprint_depends_on_the_function_and_on_nothing_else(tmp_path: Path)
     assert own == base_fingerprint(tiny_base())
     assert own != base_fingerprint(tiny_base(seed=1))
     assert own != base_fingerprint(tiny_base(relative_distance=32))  # the same tensors, used otherwise
-    assert own != base_fingerprint(tiny_base().double())
     with torch.no_grad():
         base.action_head.bias[0] += 1
     assert own != base_fingerprint(base)  # it is remembered, but not after a change
@@ -176,17 +177,57 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong type": (lambda f: edit(f, metacontroller__rank="2"), "rank must be a whole number"),
     "policy of text": (lambda f: edit(f, policy_hidden="6"), "policy_hidden must be a whole number or null"),
     "negative size": (lambda f: edit(f, metacontroller__n_z=-1), "metacontroller.n_z is -1; give 1 or more"),
+    "no fingerprint": (lambda f: edit(f, base_fingerprint="0" * 65), "must be 64 hexadecimal digits"),
     "policy of no width": (lambda f: edit(f, policy_hidden=0), "policy_hidden is 0; give 1 or more"),
     "layer too high": (lambda f: edit(f, metacontroller__layer=2), "layer is 2"),
     "more slow features than dimensions": (lambda f: edit(f, metacontroller__slow_features=17), "give fewer"),
     "other size": (lambda f: edit(f, metacontroller__rank=3), "do not have the sizes"),
     "absurd size": (lambda f: edit(f, metacontroller__rank=10**9), "do not have the sizes"),
+    "sizes beyond any memory": (lambda f: edit(f, metacontroller__n_h=10**9), "beyond any tensor"),
+    "sizes beyond any number": (lambda f: edit(f, metacontroller__n_z=10**30), "beyond any tensor"),
+    "policy beyond any memory": (lambda f: edit(f, policy_hidden=10**10), "beyond any tensor"),
+    "numbers that JSON has not": (lambda f: edit(f, provenance={"reward": math.nan}), "is no JSON"),
     "policy not told": (lambda f: edit(f, policy_hidden=None), "do not have the sizes"),
     "no safetensors": (lambda f: rewrite(f, b"PK\x03\x04 a pickle in a zip archive"), "no safetensors file"),
     "empty": (lambda f: rewrite(f, b""), "no safetensors file"),
     "tensor missing": (drop_a_tensor, "metacontroller.up"),
     "half": (halve_precision, "do not have the sizes"),
 }
+
+
+def with_a_wide_policy(steered: SteeredModel) -> None:
+    steered.policy = Policy(2 * WIDTH, N_Z, hidden=6, initial_std=1.2)
+
+
+UNUSUAL: dict[str, tuple[Callable[[SteeredModel], Any], str | None]] = {
+    "bfloat16": (lambda s: s.to(torch.bfloat16), None),
+    "float16": (lambda s: s.to(torch.float16), None),
+    "float64": (lambda s: s.double(), None),
+    "bfloat16 adapter": (lambda s: s.adapter.to(torch.bfloat16), None),
+    "a mean of nothing remembered": (lambda s: s.provenance.update(reward=math.nan), None),
+    "not a number": (lambda s: s.metacontroller.up.data.fill_(torch.nan), "up holds numbers that are not finite"),
+    "beyond float32": (lambda s: s.double().metacontroller.up.data.fill_(1e300), "up holds numbers"),
+    "another width": (with_a_wide_policy, "do not have the sizes"),
+    "more slow features": (lambda s: s.metacontroller.register_buffer("slow", torch.zeros(WIDTH, 3)), "have the sizes"),
+    "a set remembered": (lambda s: s.provenance.update(colours={1, 2}), "not JSON serializable"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_is_saved_can_be_loaded_and_all_else_is_refused(tmp_path: Path, name: str) -> None:
+    (change, why), steered, folder = UNUSUAL[name], steered_with_policy(), tmp_path / "adapter"
+    change(steered)
+    if why is not None:
+        with pytest.raises(InternalRLError, match=f"not saved, as it could not be loaded again: .*{why}") as refusal:
+            steered.save_pretrained(folder)
+        assert "\n" not in str(refusal.value)
+        assert not folder.exists()
+        return
+    steered.save_pretrained(folder)
+    loaded = SteeredModel.from_pretrained(steered.base, folder)
+    assert {parameter.dtype for parameter in loaded.adapter.parameters()} == {torch.float32}
+    for key, tensor in steered.adapter.state_dict().items():
+        assert torch.equal(tensor.float(), loaded.adapter.state_dict()[key])
 
 
 @pytest.mark.parametrize("name", DAMAGE)

@@ -13,12 +13,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from scipy import stats
 from sqlalchemy import create_engine, text
 from transformers import PreTrainedModel
 
 from internalrl import cli
-from internalrl.controller.adapter import CONFIG_FILE, TENSOR_FILE, base_fingerprint
+from internalrl.base.fingerprint import base_fingerprint
+from internalrl.controller.adapter import CONFIG_FILE, TENSOR_FILE
 from internalrl.errors import InternalRLError
 from internalrl.serving.registry.outcomes import compare
 from internalrl.serving.registry.registry import FORGET_AFTER, Registry
@@ -140,10 +142,30 @@ def test_a_base_sees_its_own_versions_only(
     local.promote("support@2")
     assert live(local, base) == {"support@1": 1.0}
     assert live(local, other) == {"support@2": 1.0}
-    with pytest.raises(InternalRLError, match="belong to 2 bases"):
+    with pytest.raises(InternalRLError, match="belong to several bases"):
         local.split("support", {1: 1, 2: 1})
     with pytest.raises(InternalRLError, match="was trained on the base with fingerprint"):
         local.load(base, local.version("support@2"))
+
+
+def test_a_base_in_another_precision_sees_the_same_versions(
+    registry: Registry, adapters: list[Path], tmp_path: Path
+) -> None:
+    converted = [served_base().to(precision) for precision in (torch.bfloat16, torch.float16)]
+    registry.add("support", adapters[0])
+    registry.add("support", save_adapter(converted[0], tmp_path / "bfloat16", 1))
+    registry.promote("support@1")
+    for base in (served_base(), *converted):
+        assert live(registry, base) == {"support@1": 1.0}
+    registry.split("support", {1: 1, 2: 3})  # one deployment of one base
+    for base in (served_base(), converted[0]):
+        assert live(registry, base) == {"support@1": 0.25, "support@2": 0.75}
+    with pytest.raises(InternalRLError, match="support@2 is live"):
+        registry.remove("support@2")
+    registry.promote("support@2")
+    assert [arm.version.key for arm in registry.rollback("support")] == ["support@1", "support@2"]
+    for version in registry.versions():
+        registry.load(converted[0], version)
 
 
 def test_sticky_keys_stay_and_shares_are_right(local: Registry, base: PreTrainedModel, adapters: list[Path]) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from internalrl.base.fingerprint import base_fingerprint
 from internalrl.base.loading import load_tokenizer
 from internalrl.base.pretrain_text import save_language_model
 from internalrl.base.text_data import Rows
-from internalrl.controller.adapter import base_fingerprint
 from internalrl.controller.policy import Policy
 from internalrl.controller.steered import SteeredModel, bare
 from internalrl.errors import InternalRLError

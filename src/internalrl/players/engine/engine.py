@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from internalrl.base.fingerprint import base_fingerprint
 from internalrl.base.residual import find_blocks
-from internalrl.controller.adapter import Adapter, base_fingerprint, load_adapter
+from internalrl.controller.adapter import Adapter, load_adapter
 from internalrl.controller.choosers import Drawn, Given, row_seeds
 from internalrl.controller.generate import chooser, per_segment
 from internalrl.controller.steering import Share

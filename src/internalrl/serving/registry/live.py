@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from internalrl.controller.adapter import base_fingerprint
+from internalrl.base.fingerprint import base_fingerprint
 from internalrl.errors import InternalRLError
 from internalrl.players.engine.engine import Engine
 from internalrl.serving.registry.registry import Registry

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sqlalchemy import (
     JSON,
     Column,
+    ColumnElement,
     Connection,
     Double,
     Integer,
@@ -36,10 +37,12 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    or_,
     select,
     update,
 )
 
+from internalrl.base.fingerprint import HALF, same_base
 from internalrl.errors import InternalRLError
 from internalrl.serving.database import Database
 from internalrl.serving.registry.adapter_files import AdapterFiles
@@ -91,6 +94,13 @@ _answers = Table(
 
 _present = _versions.c.removed.is_(None)
 _standing = _deployments.c.undone.is_(None)
+
+
+def _on_base(fingerprint: str) -> ColumnElement[bool]:
+    """`same_base`, in the database."""
+    own = _deployments.c.base_fingerprint
+    first, last = func.substr(own, 1, HALF), func.substr(own, HALF + 1)
+    return or_(first == fingerprint[:HALF], last == fingerprint[HALF:])
 
 
 class Registry:
@@ -169,7 +179,7 @@ class Registry:
         """What is live on that base."""
         with self._database.reading() as connection:
             revision = connection.scalar(select(_revision.c.number)) or 0
-            mine = _deployments.c.base_fingerprint == base_fingerprint
+            mine = _on_base(base_fingerprint)
             latest = select(func.max(_deployments.c.id)).where(mine, _standing).group_by(_deployments.c.name)
             rows = connection.execute(select(_deployments).where(_deployments.c.id.in_(latest))).all()
             return Routing(revision, {row.name: self._arms(connection, row) for row in rows})
@@ -212,10 +222,10 @@ class Registry:
         if not weights or not all(weight > 0 for weight in weights.values()) or not math.isfinite(total):
             raise InternalRLError("Give every version of a split a weight above 0, such as 1=90 2=10.")
         with self._change() as connection:
-            bases = {self._find(connection, name, number).base_fingerprint for number in weights}
-            if len(bases) > 1:
-                raise InternalRLError(f"These versions of {name!r} belong to {len(bases)} bases; split those of one.")
-            base, arms = bases.pop(), [[number, weight / total] for number, weight in weights.items()]
+            versions = [self._find(connection, name, number) for number in weights]
+            base, arms = versions[0].base_fingerprint, [[number, weight / total] for number, weight in weights.items()]
+            if not all(same_base(base, version.base_fingerprint) for version in versions):
+                raise InternalRLError(f"These versions of {name!r} belong to several bases; split those of one.")
             current = self._current(connection, name, base)
             if current is None or current.arms != arms:  # or a rollback would lead from the same to the same
                 values = {"name": name, "base_fingerprint": base, "arms": arms, "since": time.time()}
@@ -314,7 +324,7 @@ class Registry:
         return self._to_version(row)
 
     def _current(self, connection: Connection, name: str, base: str) -> Row[Any] | None:
-        mine = (_deployments.c.name == name, _deployments.c.base_fingerprint == base, _standing)
+        mine = (_deployments.c.name == name, _on_base(base), _standing)
         return connection.execute(select(_deployments).where(*mine).order_by(_deployments.c.id.desc())).first()
 
     def _arms(self, connection: Connection, deployment: Row[Any]) -> tuple[Arm, ...]:
