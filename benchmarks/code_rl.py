@@ -32,7 +32,8 @@ from internalrl.domains.code.sandbox.sandbox import Sandbox
 from internalrl.domains.code.tasks import task_rewards, tasks
 from internalrl.reinforce.train import RECENT
 from internalrl.reinforce.trainer import InternalRLTrainer
-from internalrl.run.folder import environment, read_metrics
+from internalrl.run.folder import environment
+from internalrl.run.metrics import read_metrics
 from internalrl.settings.demos import CodeDemoConfig
 from internalrl.settings.stages import InternalRLConfig
 

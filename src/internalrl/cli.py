@@ -269,6 +269,7 @@ def _run(command: Command) -> dict[str, Any]:
             seed=options.seed,
             resume=options.resume,
             overwrite=options.overwrite,
+            track=options.track,
         )
     else:
         run = RunFolder.open(options.run, options.seed)

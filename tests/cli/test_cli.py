@@ -126,6 +126,13 @@ def test_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(Path("runs/fake/config.json").read_text())["config"]["shape"] == {"size": 3}
 
 
+def test_a_run_is_tracked_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    result(capsys, "fake")
+    assert not Path("runs/fake/tensorboard").exists()
+    result(capsys, "fake", "--overwrite", "--track", "tensorboard")
+    assert list(Path("runs/fake/tensorboard/fake").iterdir())
+
+
 def test_the_summary_is_a_table_without_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fake"]) == 0
     assert "config.rate" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from internalrl.analysis.report import programs as shown
 from internalrl.discovery import programs as measured
 from internalrl.domains.code import tasks as code_tasks
 from internalrl.run import loop
-from internalrl.run.folder import read_metrics
+from internalrl.run.metrics import read_metrics
 from internalrl.settings.stages import ReportConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:The (switch|codes)", "ignore:No spliced text")

@@ -22,7 +22,7 @@ from internalrl.players.stepwise import RowChance, rollout
 from internalrl.reinforce.agents import InternalAgent, RawTokenAgent
 from internalrl.reinforce.conversations import Conversations, Host
 from internalrl.reinforce.trainer import InternalRLTrainer
-from internalrl.run.folder import read_metrics
+from internalrl.run.metrics import read_metrics
 from internalrl.settings.stages import InternalRLConfig
 from tests.support.conversing import CALL, PROMPT, Box, conversational, right, rows, steered_answers, talking
 from tests.support.language import prompts, randomise, steered_language_model

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from internalrl.errors import InternalRLError
 from internalrl.reinforce.novelty import SCALE, Novelty
 from internalrl.reinforce.trainer import InternalRLTrainer
-from internalrl.run.folder import read_metrics
+from internalrl.run.metrics import read_metrics
 from internalrl.settings.stages import InternalRLConfig
 from tests.support.language import steered_language_model
 from tests.support.written import letters

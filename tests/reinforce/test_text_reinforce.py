@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -229,6 +230,15 @@ def test_rewards_are_asked_as_in_trl(tmp_path: Path) -> None:
     assert metrics["completions/mean_length"] == np.mean(lengths)
     assert metrics["completions/clipped_ratio"] == np.mean([ids[-1] != EOS for ids in seen[0]["ids"]])
     assert metrics["entropy"] > 0
+
+
+def test_metrics_go_to_a_tracker_where_asked(tmp_path: Path) -> None:
+    """As its name is no setting of the run, a run goes on without the tracker that it began with."""
+    make_trainer(steered_language_model(), tmp_path, report_to="tensorboard").train()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "reinforce")).Reload()
+    shown = [event.value for event in events.Scalars("reward")]
+    assert shown == pytest.approx([line["reward"] for line in lines(tmp_path)], rel=1e-6)
+    make_trainer(steered_language_model(), tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_messages_are_answered_with_messages(tmp_path: Path) -> None:

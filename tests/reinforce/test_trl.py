@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from internalrl.base.text_data import tokenise
 from internalrl.reinforce.trainer import InternalRLTrainer
-from internalrl.run.folder import read_metrics
+from internalrl.run.metrics import read_metrics
 from internalrl.settings.stages import InternalRLConfig
 from tests.support.language import language_model, steered_language_model
 from tests.support.written import letters

@@ -22,7 +22,7 @@ from internalrl.run.checkpoint import (
     set_rng_state,
 )
 from internalrl.run.files import PARTIAL
-from internalrl.run.folder import RunFolder, progress
+from internalrl.run.folder import RunFolder
 
 CONFIG = {"rate": 0.1, "sizes": (1, 2)}
 
@@ -117,27 +117,6 @@ def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
-def test_rewind_touches_one_stage(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path, CONFIG, seed=0)
-    for stage in ("pretrain", "discover"):
-        for step in range(3):
-            run.log(stage, step, loss=step)
-    run.rewind("discover", 0)
-    assert [(line["stage"], line["step"]) for line in run.metrics()] == [
-        ("pretrain", 0), ("pretrain", 1), ("pretrain", 2), ("discover", 0),
-    ]  # fmt: skip
-    run.rewind("discover", -1)
-    assert not run.metrics("discover")
-
-
-@pytest.mark.parametrize("loss", [float("nan"), torch.tensor(float("inf")), np.float64("nan")])
-def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path, loss: object) -> None:
-    run = RunFolder.create(tmp_path, CONFIG, seed=0)
-    with pytest.raises(InternalRLError, match=r"pretrain stopped at step 7: loss is (nan|inf)"):
-        run.log("pretrain", 7, rate=0.1, loss=loss)
-    assert not run.metrics()
-
-
 @pytest.mark.parametrize(("code", "reason"), [(errno.ENOSPC, "the disk is full"), (errno.EIO, "Input/output")])
 def test_failed_save_leaves_the_older_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, reason: str
@@ -198,12 +177,3 @@ def test_optimizer_of_another_model_is_refused() -> None:
 def test_random_states_must_have_the_same_names() -> None:
     with pytest.raises(InternalRLError, match=r"expected \['data', 'torch_global'\]"):
         set_rng_state(rng_state(), data=np.random.default_rng(0))
-
-
-def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress("pretrain", 3) as advance:
-        for _ in range(3):
-            advance(loss=0.25)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "pretrain 3/3, 0 s left loss 0.25\n"

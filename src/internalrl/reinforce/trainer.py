@@ -109,10 +109,10 @@ class InternalRLTrainer:
     def _run_folder(self, resume: bool) -> RunFolder:
         path, seed = Path(self.args.output_dir), self.args.seed
         if self.processes.first:
-            settings = {name: value for name, value in asdict(self.args).items() if name != "overwrite_output_dir"}
+            settings = asdict(self.args)
+            overwrite, track = settings.pop("overwrite_output_dir") and not resume, settings.pop("report_to")
             config = jsonable({**settings, "base": base_fingerprint(self.model.base)})
-            overwrite = self.args.overwrite_output_dir and not resume
-            run = RunFolder.create(path, config, seed=seed, resume=resume, overwrite=overwrite)
+            run = RunFolder.create(path, config, seed=seed, resume=resume, overwrite=overwrite, track=track)
         else:
             run = RunFolder(path, seed, resume, silent=True)
         self.processes.wait()

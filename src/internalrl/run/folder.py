@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internalrl.errors import InternalRLError
 from internalrl.run.files import PARTIAL, jsonable, write_atomic, write_errors
+from internalrl.run.metrics import Lines, Sink, TrackerName, find_tracker, read_metrics, require_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,8 @@ class RunFolder:
     """True when the run continues from its checkpoints."""
     silent: bool = False
     """True in all but the first of several processes: nothing is written or shown."""
+    tracker: Sink | None = None
+    """Who gets the metrics beside metrics.jsonl."""
 
     @classmethod
     def create(
@@ -53,12 +51,15 @@ class RunFolder:
         seed: int,
         resume: bool = False,
         overwrite: bool = False,
+        track: TrackerName | None = None,
     ) -> RunFolder:
         """Make the folder with its config.json, or continue in it; `config` is the full config, JSON-able.
 
         A folder that is not empty is refused unless `resume` (config and seed must then be the stored ones)
-        or `overwrite` (it must then be a run folder, and is emptied). InternalRLError says what failed.
+        or `overwrite` (it must then be a run folder, and is emptied). `track` names who gets the metrics as well.
+        InternalRLError says what failed.
         """
+        tracker = find_tracker(track)
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise InternalRLError(f"Run folder {path} is a file; choose another --run.")
@@ -69,10 +70,10 @@ class RunFolder:
             _require_same(path, {**config, "seed": seed})
             run = cls(path, seed, resumed=True)
             run._make_folders()
-            run._keep_metrics(lambda line: True)
+            Lines(path).mend()
             for leftover in path.rglob(f"{PARTIAL}*"):
                 leftover.unlink()
-            return run
+            return replace(run, tracker=tracker(path, config))
         if in_use and not overwrite:
             raise InternalRLError(
                 f"Run folder {path} is not empty; add --resume to continue it, --overwrite to replace it, "
@@ -87,7 +88,7 @@ class RunFolder:
         # The config comes first: a folder that holds anything else, but no config, is taken for someone else's.
         run.write_json("config.json", {"config": config, "seed": seed, **environment()})
         run._make_folders()
-        return run
+        return replace(run, tracker=tracker(path, config))
 
     @classmethod
     def open(cls, path: str | Path, seed: int = 0) -> RunFolder:
@@ -110,20 +111,9 @@ class RunFolder:
         Raises InternalRLError naming the first number that is not finite. Times differ between a resumed and
         an uninterrupted run: keep them out, or log them as `seconds`.
         """
-        for name, value in values.items():
-            if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-                value = value.item()
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InternalRLError(
-                    f"{stage} stopped at step {step}: {name} is {value}; "
-                    "lower the learning rate or check the data, then resume from the last checkpoint."
-                )
-        if self.silent:
-            return
-        line = json.dumps(jsonable({"stage": stage, "step": step, **values}))
-        file = self.path / "metrics.jsonl"
-        with write_errors(file), open(file, "a", encoding="utf-8") as lines:
-            lines.write(line + "\n")
+        require_finite(stage, step, values)
+        for sink in self._sinks:
+            sink.log(stage, step, values)
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
         """All logged lines in order, or those of one stage."""
@@ -131,13 +121,12 @@ class RunFolder:
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop this stage's metrics after `step`, the last that the loaded checkpoint includes (-1: all)."""
-        if not self.silent:
-            self._keep_metrics(lambda line: line["stage"] != stage or line["step"] <= step)
+        for sink in self._sinks:
+            sink.rewind(stage, step)
 
-    def _keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        if (self.path / "metrics.jsonl").exists():
-            lines = [json.dumps(line) + "\n" for line in read_metrics(self.path) if keep(line)]
-            write_atomic(self.path / "metrics.jsonl", "".join(lines).encode())
+    @property
+    def _sinks(self) -> list[Sink]:
+        return [] if self.silent else [Lines(self.path), *filter(None, [self.tracker])]
 
     def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write checkpoints/<name>.safetensors whole or not at all; see `checkpoint.save_checkpoint`."""
@@ -186,16 +175,6 @@ def read_run(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line torn by a kill is left out."""
-    file = Path(path) / "metrics.jsonl"
-    texts = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    try:
-        return [json.loads(text) for text in texts if text.endswith("\n")]
-    except ValueError as error:
-        raise InternalRLError(f"{file} holds a line that is not JSON; remove that line, or the run.") from error
-
-
 def environment() -> dict[str, Any]:
     """Versions, hardware, threads and git commit, to be stored with results."""
     versions = {"python": platform.python_version()}
@@ -237,45 +216,3 @@ def _git_commit() -> str | None:
         return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-@contextmanager
-def progress(label: str, total: int, done: int = 0, silent: bool = False) -> Iterator[Callable[..., None]]:
-    """Show progress on stderr, if not `silent`: a bar with ETA on a terminal, else a line about every ten seconds.
-
-    Yields `advance(steps=1, **shown)`; `shown` numbers, such as loss=0.31, stand beside the bar.
-    """
-    began, first = time.monotonic(), done
-
-    def text(shown: Mapping[str, float]) -> str:
-        return " ".join(f"{name} {value:.4g}" for name, value in shown.items())
-
-    if silent:
-        yield lambda steps=1, **shown: None
-        return
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.fields[shown]}"), console=Console(stderr=True)) as bar:
-            task = bar.add_task(label, total=total, completed=done, shown="")
-            yield lambda steps=1, **shown: bar.update(task, advance=steps, shown=text(shown))
-        return
-
-    last = began
-
-    def advance(steps: int = 1, **shown: float) -> None:
-        nonlocal done, last
-        done += steps
-        now = time.monotonic()
-        if now - last >= _SECONDS_BETWEEN_LINES or done == total:
-            last = now
-            left = (now - began) / max(done - first, 1) * (total - done)
-            print(
-                f"{label} {done}/{total}, {left:.0f} s left {text(shown)}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
-
-    yield advance

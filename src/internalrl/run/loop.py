@@ -11,7 +11,8 @@ from torch import nn
 
 from internalrl.errors import InternalRLError
 from internalrl.run.checkpoint import Generator, load_optimizer, optimizer_tensors, rng_state, set_rng_state
-from internalrl.run.folder import RunFolder, progress
+from internalrl.run.folder import RunFolder
+from internalrl.run.metrics import progress
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 

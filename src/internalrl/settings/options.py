@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
+from internalrl.run.metrics import TrackerName
 from internalrl.settings.ranges import Checked, Natural, Range
 
 _PAPER: Mapping[str, Mapping[str, Any]] = {
@@ -119,6 +120,8 @@ class RunOptions(CommonOptions):
     """Continue the run in the folder from its last checkpoint, with its stored options."""
     overwrite: bool = False
     """Replace the run in the folder."""
+    track: TrackerName | None = None
+    """Who gets the metrics as well, to be looked at while the run works."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

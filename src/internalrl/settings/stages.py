@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from internalrl.domains.grid.layouts import GridConfig
 from internalrl.errors import OptionError
+from internalrl.run.metrics import TrackerName
 from internalrl.settings.ranges import Checked, Count, Fraction, Natural, NotNegative, Positive, Range
 
 
@@ -239,6 +240,8 @@ class InternalRLConfig(CompletionConfig):
     """Seed of all randomness."""
     overwrite_output_dir: bool = False
     """Replace the run in the folder."""
+    report_to: TrackerName | None = None
+    """Who gets the metrics as well; None: the folder alone."""
     target: Annotated[float | None, Range(0, above=True)] = None
     """Stop when the mean reward of the last five iterations reaches this; None: never."""
 
