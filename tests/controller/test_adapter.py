@@ -204,6 +204,7 @@ UNUSUAL: dict[str, tuple[Callable[[SteeredModel], Any], str | None]] = {
     "float16": (lambda s: s.to(torch.float16), None),
     "float64": (lambda s: s.double(), None),
     "bfloat16 adapter": (lambda s: s.adapter.to(torch.bfloat16), None),
+    "a book remembered": (lambda s: s.provenance.update(book="x" * 2**20), "bytes of provenance"),
     "a mean of nothing remembered": (lambda s: s.provenance.update(reward=math.nan), None),
     "not a number": (lambda s: s.metacontroller.up.data.fill_(torch.nan), "up holds numbers that are not finite"),
     "beyond float32": (lambda s: s.double().metacontroller.up.data.fill_(1e300), "up holds numbers"),

@@ -222,11 +222,16 @@ def test_without_an_audit_that_works_there_are_no_steered_answers(served: Served
     ask(served)
 
 
+def metrics(served: Served) -> dict[str, str]:
+    lines = WEB.get(f"{served.root}/metrics").text.splitlines()
+    return dict(line.rsplit(" ", 1) for line in lines if line[0] != "#")
+
+
 def test_metrics(served: Served) -> None:
     ask(served)
     ask(served, model=BASE, n=2)
     WEB.get(f"{served.root}/nothing")
-    lines = dict(line.rsplit(" ", 1) for line in WEB.get(f"{served.root}/metrics").text.splitlines() if line[0] != "#")
+    lines = metrics(served)
     assert lines['internalrl_http_requests_total{route="/v1/completions",status="200"}'] == "2.0"
     assert lines['internalrl_http_requests_total{route="none",status="404"}'] == "1.0"
     assert lines['internalrl_tokens_total{kind="completion",model="support@1"}'] == "12.0"
@@ -244,8 +249,31 @@ def test_a_damaged_version_does_not_replace_one_that_works(served: Served, folde
     file = version.folder / "adapter_model.safetensors"
     file.chmod(0o644)
     file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert metrics(served)["internalrl_adapters_failed"] == "0.0"
     post(served, "/v1/admin/adapters/support/promote", {"version": 2})
     assert ask(served)["system_fingerprint"] == "support@1"
+    found = metrics(served)
+    assert (found["internalrl_adapters_failed"], found["internalrl_adapters_live"]) == ("1.0", "1.0")
+    assert float(found["internalrl_registry_errors_total"]) >= 1
+
+
+@pytest.mark.parametrize("of", ["registry", "keys", "audit"])
+def test_a_database_that_is_lost_shows_in_the_metrics(served: Served, monkeypatch: pytest.MonkeyPatch, of: str) -> None:
+    audit = served.app.service.audit
+    assert audit
+    reads = {"registry": served.app.service.registry, "keys": served.app.service.keys, "audit": audit.store}
+    name = f'internalrl_database_lost{{of="{of}"}}'
+    assert metrics(served)[name] == "0.0"
+    with monkeypatch.context() as lost:
+        lost.setattr(reads[of]._database, "_reader", None)
+        lost.setattr(reads[of]._database, "_writer", None)
+        ask(served)  # what is live answers, and the audit has something to store
+        while metrics(served)[name] == "0.0":
+            time.sleep(0.05)
+        others = {key: value for key, value in metrics(served).items() if key.startswith("internalrl_database_lost")}
+        assert sum(map(float, others.values())) == 1
+    while metrics(served)[name] == "1.0":
+        time.sleep(0.05)
 
 
 def test_limits_are_kept_counted_and_audited(folder: Path, tmp_path: Path) -> None:

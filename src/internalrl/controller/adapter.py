@@ -29,7 +29,7 @@ from internalrl.base.residual import ResidualTap
 from internalrl.controller.metacontroller import Metacontroller
 from internalrl.controller.policy import Policy
 from internalrl.errors import InternalRLError, OptionError
-from internalrl.run.files import write_errors, write_together
+from internalrl.run.files import read_file, write_errors, write_together
 from internalrl.settings.ranges import Checked, Range
 from internalrl.settings.schema import from_dict, to_dict
 from internalrl.settings.stages import MetacontrollerConfig
@@ -38,6 +38,8 @@ METHOD = "internal-rl-2"
 """Version of the equations and of this format: it changes when old adapters would act differently."""
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+LARGEST_CONFIG, LARGEST_TENSORS = 2**20, 2**30
+"""Bytes of the largest files that are read."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,10 @@ def save_adapter(adapter: Adapter, base: PreTrainedModel, folder: str | Path) ->
     )
     try:
         text = json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n"
+        if len(text) > LARGEST_CONFIG or len(data) > LARGEST_TENSORS:
+            raise ValueError(
+                f"it has more than {LARGEST_CONFIG:,} bytes of provenance or {LARGEST_TENSORS:,} of tensors"
+            )
         _assembled(base, _config(text.encode(), folder / CONFIG_FILE), _tensors(data, folder / TENSOR_FILE), folder)
     except (InternalRLError, TypeError, ValueError) as error:
         raise InternalRLError(f"The adapter is not saved, as it could not be loaded again: {error}") from error
@@ -175,7 +181,7 @@ def _policy(config: AdapterConfig, width: int) -> Policy | None:
 
 def read_tensors(file: Path, sha256: str) -> dict[str, Tensor]:
     """The tensors of an adapter; InternalRLError unless they are whole, finite and of that SHA-256."""
-    data = _read(file)
+    data = _read(file, LARGEST_TENSORS)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise InternalRLError(
             f"{file} is not the file that {CONFIG_FILE} was written with (the SHA-256 differ): it is "
@@ -186,12 +192,12 @@ def read_tensors(file: Path, sha256: str) -> dict[str, Tensor]:
 
 def read_config(file: Path) -> AdapterConfig:
     """The content of an adapter_config.json; InternalRLError for one that this version cannot use."""
-    return _config(_read(file), file)
+    return _config(_read(file, LARGEST_CONFIG), file)
 
 
-def _read(file: Path) -> bytes:
+def _read(file: Path, most: int) -> bytes:
     try:
-        return file.read_bytes()
+        return read_file(file, most)
     except OSError as error:
         raise InternalRLError(
             f"{file} cannot be read ({error.strerror}); an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}."

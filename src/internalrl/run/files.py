@@ -1,10 +1,11 @@
-"""Writing files whole or not at all, and values as JSON."""
+"""Reading files that may be anything, writing them whole or not at all, and values as JSON."""
 
 from __future__ import annotations
 
 import errno
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,21 @@ from internalrl.errors import InternalRLError
 
 PARTIAL = ".partial-"
 """How names of files still being written begin; one that a kill left behind means nothing."""
+
+
+def read_file(path: str | Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises OSError, at once, also for what would never end or never begin: a device, a pipe that nobody writes to.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        data = file.read(most + 1) if status.st_size <= most else b""
+    if max(len(data), status.st_size) > most:
+        raise OSError(errno.EFBIG, f"More than {most:,} bytes", str(path))
+    return data
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:

@@ -6,6 +6,7 @@ The dataclasses are the command's options; nothing heavy is imported before the 
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from internalrl.serving.api.guard import Guard
+    from internalrl.serving.registry.registry import Registry
 
 Pairs = Annotated[tuple[str, ...], UseAppendAction]
 
@@ -106,6 +108,11 @@ class ServeConfig(Checked):
         for option in ("adapter", "limits"):
             _pairs(getattr(self, option), option)
 
+    @property
+    def called(self) -> str:
+        """What requests call the base."""
+        return self.name or self.base
+
 
 def main(config: ServeConfig) -> dict[str, Any]:
     """Serve until interrupted; the summary says how much was done."""
@@ -155,10 +162,7 @@ def build(config: ServeConfig, stack: ExitStack) -> Guard:
             "`internalrl keys create`, or leave --host out."
         )
     base, tokenizer = _load(config)
-    for name, folder in _pairs(config.adapter, "adapter").items():
-        version = registry.add(name, folder)
-        registry.load(base, version)  # one that does not fit is refused before it is live
-        registry.promote(version.key)
+    limits = _bind(config, registry, base)
     audit = None
     if (options := config.audit).enabled:
         settings = AuditSettings(options.texts, options.redact, options.retention_days, options.max_segments)
@@ -171,9 +175,8 @@ def build(config: ServeConfig, stack: ExitStack) -> Guard:
         audit.segment if audit else None,
     )
     stack.callback(engine.close)
-    limits = {name: Path(file) for name, file in _pairs(config.limits, "limits").items()}
-    live = Live(engine, registry, limits)
-    service = Service(config.name or config.base, engine, live, registry, keys, audit, config.bounds)
+    live = Live(engine, registry, limits, config.called)
+    service = Service(config.called, engine, live, registry, keys, audit, config.bounds)
     return application(service)
 
 
@@ -212,6 +215,35 @@ def _load(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     tokenizer = load_tokenizer(config.base)
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     return base.to("cuda" if cuda else "cpu"), tokenizer  # type: ignore[arg-type]
+
+
+def _bind(config: ServeConfig, registry: Registry, base: PreTrainedModel) -> Mapping[str, Path]:
+    """Promote the adapters that the options name; returns the files of limits by adapter.
+
+    Before anything is promoted, every name must stand for one thing, and that must work.
+    """
+    from internalrl.base.fingerprint import base_fingerprint
+    from internalrl.serving.registry.versions import require_other_name
+    from internalrl.strategies.limits import limits_of
+
+    added = {name: registry.add(name, folder) for name, folder in _pairs(config.adapter, "adapter").items()}
+    for version in added.values():
+        registry.load(base, version)
+    routing = registry.routing(base_fingerprint(base))
+    live = {name: [arm.version for arm in arms] for name, arms in routing.arms.items()}
+    live |= {name: [version] for name, version in added.items()}
+    for version in itertools.chain(*live.values()):
+        require_other_name(version, config.called)
+    limits = {name: Path(file) for name, file in _pairs(config.limits, "limits").items()}
+    for name, file in limits.items():
+        if name not in live:
+            known = ", ".join(sorted(live)) or "none"
+            raise InternalRLError(f"--limits names {name!r}, but no such adapter is live; live are: {known}.")
+        for version in live[name]:
+            limits_of(version.folder, file)
+    for version in added.values():
+        registry.promote(version.key)
+    return limits
 
 
 def _pairs(given: Sequence[str], option: str) -> Mapping[str, str]:

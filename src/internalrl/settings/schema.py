@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from internalrl.errors import InternalRLError, OptionError
-from internalrl.run.files import jsonable
+from internalrl.run.files import jsonable, read_file
 
 Config = TypeVar("Config")
+
+LARGEST_YAML = 2**18
+"""Bytes of the largest YAML file that is read."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -35,18 +39,44 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], *, base: Config | No
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; InternalRLError when it is missing, no YAML, or no mapping."""
+    """The mapping in a YAML file; InternalRLError when it is missing, no YAML, or no mapping.
+
+    Nothing in it may stand for something else: aliases, by which a few lines become gigabytes, are refused, and so is a
+    key that is there twice.
+    """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InternalRLError(f"Config file {path} cannot be read; give the path of a YAML file.") from error
-    except yaml.YAMLError as error:
-        raise InternalRLError(f"Config file {path} is not valid YAML: {error}.") from error
+        values = yaml.load(read_file(path, LARGEST_YAML).decode(), _Loader)
+    except UnicodeDecodeError as error:
+        raise InternalRLError(f"Config file {path} is not UTF-8; give the path of a YAML file.") from error
+    except OSError as error:
+        raise InternalRLError(
+            f"Config file {path} cannot be read ({error.strerror}); give the path of a YAML file."
+        ) from error
+    except Exception as error:  # many kinds: beside YAMLError what dates, numbers and deep nesting raise
+        raise InternalRLError(f"Config file {path} is not valid YAML: {error or type(error).__name__}.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise InternalRLError(f"Config file {path} holds no options; write lines such as `steps: 100`.")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values alone, each written out."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(
+                None, None, f"*{event.anchor} stands for other lines; write them out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.MarkedYAMLError(None, None, "a key is there twice; keep one of them", node.start_mark)
+        return mapping
 
 
 def _build(cls: Any, values: Any, base: Any, where: str, prefix: str) -> Any:
@@ -86,7 +116,7 @@ def _closest(key: Any, prefix: str, fields: Mapping[str, Any]) -> str:
 
 def _convert(hint: Any, value: Any, current: Any, where: str, name: str) -> Any:
     """`value` as the annotated type `hint`, or InternalRLError."""
-    wrong = InternalRLError(f"{where}{name} must be {_describe(hint)}, found {value!r}.")
+    wrong = InternalRLError(f"{where}{name} must be {_describe(hint)}, found {reprlib.repr(value)}.")
     origin, args = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, current if isinstance(current, hint) else None, where, name + ".")  # type: ignore[arg-type]

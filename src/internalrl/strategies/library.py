@@ -19,15 +19,22 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq, nnls
+from scipy.spatial.distance import cdist
 
 from internalrl.controller.adapter import CONFIG_FILE, TENSOR_FILE, read_config, read_tensors
 from internalrl.errors import InternalRLError, OptionError
-from internalrl.run.files import write_atomic
+from internalrl.run.files import read_file, write_atomic
 from internalrl.settings.ranges import Checked, Count, Fraction, Positive, Range
 from internalrl.settings.schema import from_dict, to_dict
 
 STRATEGIES_FILE = "strategies.json"
 """The library in an adapter's folder."""
+
+LARGEST_LIBRARY = 2**21
+"""Bytes of the largest library that is read."""
+
+MOST = 1000
+"""Strategies of a library: each is compared with each."""
 
 UNKNOWN = "unknown"
 """What a code beyond its strategy's radius is called; no strategy can have this name."""
@@ -79,7 +86,7 @@ class Library(Checked):
         for what, values in {"name": self.names, "number": [s.number for s in self.strategies]}.items():
             if twice := [value for i, value in enumerate(values) if value in values[:i]]:
                 raise OptionError("strategies", f"have the {what} {twice[0]!r} twice; give every strategy its own.")
-        gaps = np.linalg.norm(self.centroids[:, None] - self.centroids, axis=-1) + np.diag([np.inf] * len(self.names))
+        gaps = cdist(self.centroids, self.centroids) + np.diag([np.inf] * len(self.names))
         if not (gaps > 1e-3 * (1 + np.abs(self.centroids).max())).all():
             raise OptionError("strategies", "have centroids that are not finite or cannot be told apart.")
 
@@ -104,8 +111,11 @@ class Library(Checked):
             raise InternalRLError(f"Strategy {number} cannot be called {name!r}: {error}") from error
 
     def save(self, file: str | Path) -> None:
-        """Write the library, whole or not at all."""
-        write_atomic(file, (json.dumps(to_dict(self), indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
+        """Write the library, whole or not at all; one that could not be read again is refused."""
+        data = (json.dumps(to_dict(self), indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        if len(data) > LARGEST_LIBRARY:
+            raise InternalRLError(f"{file} would have more than {LARGEST_LIBRARY:,} bytes; fit from shorter texts.")
+        write_atomic(file, data)
 
     # -- geometry -----------------------------------------------------------------------------------------
 
@@ -203,13 +213,15 @@ def load_library(file: str | Path, adapter: str | Path) -> Library:
 def read_library(file: str | Path) -> Library:
     """The library in `file`, whatever adapter it is of; InternalRLError when it is missing or damaged."""
     try:
-        values = json.loads(Path(file).read_bytes())
+        values = json.loads(read_file(file, LARGEST_LIBRARY))
     except OSError as error:
         raise InternalRLError(
             f"{file} cannot be read ({error.strerror}); make a library with `internalrl strategies fit`."
         ) from error
     except (ValueError, RecursionError) as error:
         raise InternalRLError(f"{file} is no JSON ({error}); restore it, or fit the strategies again.") from error
+    if isinstance(values, dict) and len(values.get("strategies") or ()) > MOST:
+        raise InternalRLError(f"{file} has more than {MOST} strategies; fit them again.")
     return from_dict(Library, values, where=str(file))
 
 

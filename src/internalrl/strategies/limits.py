@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from internalrl.errors import InternalRLError
 from internalrl.run.files import write_atomic
-from internalrl.settings.ranges import Checked, Natural
+from internalrl.settings.ranges import Checked, Range
 from internalrl.settings.schema import from_dict, load_yaml, to_dict
 from internalrl.strategies.library import STRATEGIES_FILE, UNKNOWN, Library, load_library
 
@@ -59,7 +59,7 @@ class LimitsConfig(Checked):
     on_denied: Literal["project", "resample", "off"] = "project"
     """What becomes of a denied code: the nearest point in the region of a strategy that is not denied; a new draw, or
     the nearest point if `redraws` of them are denied too; or no steering for the segment."""
-    redraws: Natural = 8
+    redraws: Annotated[int, Range(0, 1000)] = 8
     """Most new draws for a denied code."""
     filters: tuple[str, ...] = ()
     """Functions over text, as package.module:function; each returns None or what is wrong."""
@@ -251,9 +251,10 @@ def _imported(name: str) -> Filter:
     module, colon, attribute = name.partition(":")
     try:
         found: Any = getattr(importlib.import_module(module), attribute) if colon else None
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # a module may do whatever it likes
         raise InternalRLError(
-            f"The filter {name!r} cannot be imported ({error}); give package.module:function, on the Python path."
+            f"The filter {name!r} cannot be imported ({type(error).__name__}: {error}); give "
+            "package.module:function, on the Python path."
         ) from error
     if not callable(found):
         raise InternalRLError(f"The filter {name!r} is no function; give package.module:function.")

@@ -9,24 +9,30 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from starlette.types import Scope
 
 from internalrl.players.engine.engine import Stats
+from internalrl.serving.registry.live import Live
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 class Metrics:
-    """Counts requests and tokens, and asks engine and audit for theirs when it is read.
+    """Counts requests and tokens, and asks engine, audit and registry for theirs when it is read.
 
     Args:
         stats: of the engine.
         recorded: segments that the audit has written and stored.
-        loaded: how many adapters are live.
+        live: what follows the registry.
+        lost: by use, whether a database cannot be reached.
     """
 
     def __init__(
-        self, stats: Callable[[], Stats], recorded: Callable[[], Mapping[str, int]], loaded: Callable[[], int]
+        self,
+        stats: Callable[[], Stats],
+        recorded: Callable[[], Mapping[str, int]],
+        live: Live,
+        lost: Callable[[], Mapping[str, bool]],
     ):
-        self._stats, self._recorded, self._loaded = stats, recorded, loaded
+        self._stats, self._recorded, self._live, self._lost = stats, recorded, live, lost
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "internalrl_http_requests", "Requests answered.", ("route", "status"), registry=self._registry
@@ -66,19 +72,25 @@ class Metrics:
         self._tokens.labels(model, "completion").inc(completion)
 
     def collect(self) -> Iterable[Metric]:
-        """What engine and audit count, in Prometheus' form."""
+        """What engine, audit and registry count, in Prometheus' form."""
         stats = self._stats()
         for name, value, text in (
             ("slots_running", stats.running, "Sequences being decoded."),
             ("queue_waiting", stats.waiting, "Sequences waiting for a slot."),
-            ("adapters_live", self._loaded(), "Versions of adapters that are loaded."),
+            ("adapters_live", len(self._live.routing.versions), "Versions of adapters that answer."),
+            ("adapters_failed", len(self._live.routing.failed), "Adapters whose live versions cannot be loaded."),
         ):
             yield GaugeMetricFamily(f"internalrl_{name}", text, value)
+        lost = GaugeMetricFamily("internalrl_database_lost", "1 while a database cannot be reached.", labels=["of"])
+        for use, missing in self._lost().items():
+            lost.add_metric([use], missing)
+        yield lost
         counts = {
             "sequences": (stats.requests, "Sequences that ended."),
             "segments": (stats.segments, "Segments that ended."),
             "violations": (stats.violations, "Segments to which the limits objected."),
             "errors": (stats.errors, "Sequences that ended with an error."),
+            "registry_errors": (self._live.errors, "Looks at the registry, or loads of a version, that failed."),
             **{f"audit_{name}": (value, f"Segments {name} by the audit.") for name, value in self._recorded().items()},
         }
         for name, (value, text) in counts.items():

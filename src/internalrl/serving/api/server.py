@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Path, Query, Request
@@ -86,8 +86,13 @@ async def _following(service: Service) -> AsyncIterator[None]:
     async def follow_keys() -> None:
         while True:
             await asyncio.sleep(KEYS_EVERY)
-            with suppress(InternalRLError):  # `Live` tells of a database that cannot be reached
+            try:
                 await service.in_database(service.keys.refresh)
+                service.keys_lost = False
+            except Exception as error:  # those that are known stay in force
+                if not service.keys_lost:
+                    log.error("the keys cannot be followed: %s", error)
+                service.keys_lost = True
 
     tasks = [asyncio.create_task(work) for work in (service.live.keep_following(), follow_keys())]
     try:

@@ -58,7 +58,8 @@ class Service:
         self.name, self.engine, self.live, self.registry, self.keys = name, engine, live, registry, keys
         self.audit, self.bounds = audit, bounds or Bounds()
         self.quotas = Quotas()
-        self.metrics = Metrics(engine.stats, audit.counts if audit else dict, lambda: len(engine.adapters))
+        self.keys_lost = False
+        self.metrics = Metrics(engine.stats, audit.counts if audit else dict, live, self.lost)
         self.started = int(time.time())
         self._vocabulary = Vocabulary(engine.tokenizer)
         self._tokenizing = threading.Lock()  # a fast tokenizer is not made for several threads
@@ -70,6 +71,11 @@ class Service:
     async def in_database(self, work: Callable[[], T]) -> T:
         """Do what needs a database beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._databases, work)
+
+    def lost(self) -> dict[str, bool]:
+        """By use, whether a database cannot be reached at the moment."""
+        audit = {"audit": self.audit.database_failure is not None} if self.audit else {}
+        return {"registry": self.live.lost is not None, "keys": self.keys_lost, **audit}
 
     async def prompts(self, body: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
         """The token numbers of a request's prompts."""

@@ -219,10 +219,10 @@ class Audit:
             return None
         try:
             self._journal.append(to_line(rows))
-        except InternalRLError as error:
+        except Exception as error:
             if self.failure is None:
                 _log.error("the audit cannot be written: %s", error)
-            return str(error)
+            return str(error) or repr(error)
         self._written += len(rows)
         rows.clear()
         return None
@@ -239,10 +239,10 @@ class Audit:
         try:
             step()
             self.database_failure = None
-        except (InternalRLError, OSError) as error:
+        except Exception as error:
             if self.database_failure is None:
                 _log.warning("the audit waits in its journal: %s", error)
-            self.database_failure = str(error)
+            self.database_failure = str(error) or repr(error)
 
     def _move(self) -> None:
         for lines in self._journal.take():

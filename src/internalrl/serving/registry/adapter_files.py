@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internalrl.errors import InternalRLError
-from internalrl.run.files import PARTIAL, write_errors, write_together
+from internalrl.run.files import PARTIAL, read_file, write_errors, write_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from internalrl.controller.adapter import Adapter, AdapterConfig
+
+LARGEST = 2**30
+"""Bytes of the largest file of an adapter."""
 
 # Listing versions needs no torch, so only what reads adapters imports their module.
 
@@ -53,7 +56,7 @@ class AdapterFiles:
     @contextmanager
     def copied(self, source: Path) -> Iterator[Copied]:
         """A copy of the adapter in `source`, checked as far as that goes without its base; `put` keeps it."""
-        from internalrl.controller.adapter import CONFIG_FILE, TENSOR_FILE, read_config, read_tensors
+        from internalrl.controller.adapter import CONFIG_FILE, TENSOR_FILE, read_config, read_tensors, require_sizes
         from internalrl.strategies.library import STRATEGIES_FILE
         from internalrl.strategies.limits import LIMITS_FILE, limits_of
 
@@ -65,7 +68,7 @@ class AdapterFiles:
             write_together({copy / name: _read(source / name) for name in names})
             # What is checked is the copy: nobody can exchange it any more.
             config = read_config(copy / CONFIG_FILE)
-            read_tensors(copy / TENSOR_FILE, config.tensors_sha256)
+            require_sizes(config, read_tensors(copy / TENSOR_FILE, config.tensors_sha256), source)
             limits_of(copy)  # refuses what does not fit, and limits that name functions to call or other files
             yield Copied(config, _content_hash(copy), copy)
         finally:
@@ -107,10 +110,13 @@ def _content_hash(folder: Path) -> str:
 
 def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_file(file, LARGEST)
     except OSError as error:
         raise InternalRLError(f"{file} cannot be read ({error.strerror}); give the folder of an adapter.") from error
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.glob("*") if file.is_file()}
+def _contents(folder: Path) -> dict[str, bytes] | None:
+    try:
+        return {file.name: read_file(file, LARGEST) for file in folder.glob("*")}
+    except OSError:
+        return None

@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, subcommand
 
 from internalrl.errors import InternalRLError
+from internalrl.run.files import read_file
 from internalrl.settings.ranges import Checked
 
 if TYPE_CHECKING:
     from internalrl.serving.registry.registry import Registry
     from internalrl.serving.registry.versions import Arm
+
+LARGEST_METRICS = 2**20
+"""Bytes of the largest file of metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +169,8 @@ def _metrics(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        metrics = json.loads(read_file(file, LARGEST_METRICS))
+    except (OSError, ValueError, RecursionError) as error:
         raise InternalRLError(f"Metrics {file} cannot be read as JSON ({error}).") from error
     if not isinstance(metrics, dict):
         raise InternalRLError(f"Metrics {file} must hold an object: name -> value.")

@@ -181,8 +181,13 @@ class Registry:
             revision = connection.scalar(select(_revision.c.number)) or 0
             mine = _on_base(base_fingerprint)
             latest = select(func.max(_deployments.c.id)).where(mine, _standing).group_by(_deployments.c.name)
-            rows = connection.execute(select(_deployments).where(_deployments.c.id.in_(latest))).all()
-            return Routing(revision, {row.name: self._arms(connection, row) for row in rows})
+            arms, failed = {}, {}
+            for row in connection.execute(select(_deployments).where(_deployments.c.id.in_(latest))).all():
+                try:
+                    arms[row.name] = self._arms(connection, row)
+                except InternalRLError as error:  # of this name alone
+                    failed[row.name] = str(error)
+            return Routing(revision, arms, failed)
 
     def live(self, name: str) -> dict[str, tuple[Arm, ...]]:
         """What is live under a name: base fingerprint -> arms."""

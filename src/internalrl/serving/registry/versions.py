@@ -6,7 +6,7 @@ import hashlib
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Routing:
-    """What is live on one base, at one revision: name -> arms, whose shares sum to 1. It never changes."""
+    """What is live on one base, at one revision: name -> arms, whose shares sum to 1. It never changes.
+
+    `failed` says, by name, what keeps the versions that should answer from answering.
+    """
 
     revision: int
     arms: Mapping[str, tuple[Arm, ...]]
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def versions(self) -> Mapping[str, Version]:
@@ -89,6 +93,15 @@ def parse_key(key: str) -> tuple[str, int]:
     if not NAME.fullmatch(name) or not re.fullmatch("[1-9][0-9]{0,8}", number):
         raise InternalRLError(f"{key[:80]!r} names no version; write NAME@NUMBER, such as support@3.")
     return name, int(number)
+
+
+def require_other_name(version: Version, base_name: str) -> None:
+    """InternalRLError if a request for the version, or for its name, would be one for the base."""
+    if base_name in (version.name, version.key):
+        raise InternalRLError(
+            f"{base_name!r} is what the base is called, and {version.key} would be too; start the server with another "
+            "--name, or add the adapter under another name."
+        )
 
 
 def _point(name: str, sticky_key: str) -> float:
