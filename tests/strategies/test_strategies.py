@@ -284,7 +284,7 @@ def test_an_adapter_does_not_say_what_is_called(text: str, tmp_path: Path) -> No
         ("stategies: {}", "did you mean strategies"),
         ("strategies: [strategy-1]", "must be named options"),
         ("on_denied: stop", "one of project, resample, off"),
-        ("redraws: -1", "redraws is -1; give 0 or more"),
+        ("redraws: -1", "redraws is -1; give a number from 0 to 1000"),
         ("others: deny", "allow one, or write on_denied: off"),
         ("strategies: {", "not valid YAML"),
         ("- deny", "holds no options"),
