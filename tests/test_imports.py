@@ -17,7 +17,7 @@ PACKAGE = Path(internalrl.__file__).parent
 
 LAYERS = (
     {"errors"},
-    {"domains", "settings.ranges", "run.files", "run.streams"},
+    {"domains", "pages", "settings.ranges", "run.files", "run.streams"},
     {"settings.schema", "run.checkpoint", "run.processes"},
     {"run"},
     {"settings"},

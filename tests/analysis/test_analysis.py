@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,8 +17,8 @@ from internalrl.analysis.evaluate import play
 from internalrl.analysis.measure import NO_SUBGOAL, Codes, coding, plane, references, segment_subgoal
 from internalrl.analysis.probe import _listening, limits, probe
 from internalrl.analysis.report import figures, report
-from internalrl.analysis.report.episodes import stories
-from internalrl.analysis.report.markup import duration, flat
+from internalrl.analysis.report.episodes import players
+from internalrl.analysis.report.formats import duration, flat
 from internalrl.analysis.report.runs import find, open_models, run_task
 from internalrl.base.batches import to_batch
 from internalrl.base.pretrain import losses
@@ -263,15 +264,17 @@ def test_report_without_curves_or_policy(tmp_path: Path) -> None:
     assert result["sections"] == ["headline", "pretrain", "discover", "codes", "settings"]
 
 
-def test_stories_begin_with_successes(whole: RunFolder) -> None:
+def test_players_begin_with_successes(whole: RunFolder) -> None:
     models = open_models(whole)
     episodes = next(play(models.steered, SMALL, "0", EvaluateConfig(episodes=60), 0.0, seed=3))
-    found = stories(SMALL, episodes, successes=2, failures=1)
-    assert [story.ending == "solved" for story in found] == [True, True, False]
-    for story in found:
-        assert story.segments[0].begin == 0
-        assert story.segments[-1].end == len(story.path) - 1
-        assert all(a.end == b.begin for a, b in zip(story.segments, story.segments[1:], strict=False))
+    found = players(SMALL, episodes, successes=2, failures=1)
+    assert [player.ending == "solved" for player in found] == [True, True, False]
+    for player in found:
+        assert player.segments[0].begin == 0
+        assert player.segments[-1].end == len(player.points) - 1
+        assert all(a.end == b.begin for a, b in pairwise(player.segments))
+        for segment in player.segments:
+            assert segment.points == player.points[segment.begin : segment.end + 1]
     assert found[0].segments[-1].colors[-1] == 0, "the last colour entered is the one that was sought"
 
 
@@ -286,4 +289,4 @@ def test_running_mean_keeps_short_curves_and_constants() -> None:
 def test_durations_and_nested_names() -> None:
     assert [duration(s).replace("\u00a0", " ") for s in (7.4, 74.2, 7261)] == ["7 s", "1 min 14 s", "2 h 1 min"]
     assert duration({"a": 5, "b": 3}).replace("\u00a0", " ") == "8 s"
-    assert dict(flat({"a": {"b": 1, "c": {"d": 2}}, "e": 3})) == {"a.b": 1, "a.c.d": 2, "e": 3}
+    assert dict(flat({"a": {"b": 1, "c": {"d": 2}}, "e": None})) == {"a.b": "1", "a.c.d": "2", "e": "none"}

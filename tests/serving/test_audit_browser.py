@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from markupsafe import escape
 
 from internalrl.serving.audit.audit import Audit
 from internalrl.serving.audit.page import POLICY, audit_list, audit_page
@@ -28,7 +28,7 @@ HOSTILE = [
     "</span></a></p></main><h1>Another page</h1><style>body { display: none }</style>",
     "\" onmouseover=\"document.title = 'owned'",
     "&lt;b&gt; \u202etxt.exe\u2066 \x1b[31m",
-    "$title ${body} $policy",
+    "{{ title }} {% raw %} {{ 7 * 7 }} {# policy #}",
 ]
 
 
@@ -75,16 +75,16 @@ def test_pages_name_everything(store: AuditStore) -> None:
         "0.750",
         "apologise",
         "not steered",
-        "&#x27;apologise&#x27; needs review",
+        "&#39;apologise&#39; needs review",
     ):
         assert expected in text
     assert text.count('<tr id="s') == 6
-    assert POLICY in text
+    assert f'http-equiv="Content-Security-Policy" content="{escape(POLICY)}"' in text
     assert not re.search(r"https?://|<script|<img|<link|@import|url\(", text), "nothing from elsewhere"
     assert audit_page(store, "unknown") is None
     listed = audit_list(store)
     assert 'href="audit/plain"' in listed
-    assert html.escape(HOSTILE[0]) in listed
+    assert escape(HOSTILE[0]) in listed
     assert "1 violation<" in listed
     assert "No answer fits" in audit_list(store, Query(adapter="nobody"))
 
@@ -105,7 +105,7 @@ def test_hostile_texts_do_not_run(store: AuditStore, tmp_path: Path, shown: str)
         for unseen in "\u202e\u2066\x1b":
             assert unseen not in dom
     assert "⟨U+202E⟩" in text
-    assert "$title ${body} $policy" in text
+    assert "{{ title }} {% raw %} {{ 7 * 7 }} {# policy #}" in text
 
 
 PROBE = """<script>

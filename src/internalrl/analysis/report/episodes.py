@@ -5,31 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from internalrl.analysis.evaluate import Episodes
 from internalrl.analysis.measure import segment_subgoal
-from internalrl.analysis.report.figures import COLORS, NEITHER
+from internalrl.analysis.report.drawing import COLORS, NEITHER
+from internalrl.analysis.report.page import Part
 from internalrl.domains.grid.play import entered_colors
 from internalrl.domains.grid.render import PALETTE
 from internalrl.domains.grid.world import GridConfig
 
-CELL = 40
-"""Units of a cell's side in all drawings."""
-STRIP = 12
-"""Most segments that get a small picture."""
-
 
 @dataclass(frozen=True)
 class Segment:
-    """The moves of steps `begin` to `end` − 1, and the colours entered by them."""
+    """The steps `begin` to `end` − 1, the cells' centres on the way, and the colours entered."""
 
     begin: int
     end: int
+    points: Sequence[tuple[int, int]]
     colors: tuple[int, ...]
 
     @property
@@ -40,125 +36,54 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Story:
-    """One episode to be drawn: what is in the cells, where the agent was (T + 1), and its segments."""
+class Player(Part):
+    """One episode on a square of `size` cells, each with a fill and, if it is coloured, a number; `points` are the
+    centres of those where the agent was (T + 1). The first `small` segments get a small picture."""
 
-    contents: NDArray[np.uint8]
-    path: tuple[int, ...]
-    segments: tuple[Segment, ...]
+    number: int
     ending: str
+    size: int
+    cells: Sequence[tuple[str, int | None]]
+    points: Sequence[tuple[int, int]]
+    segments: Sequence[Segment]
+    small: int = 12
+    unit: ClassVar[int] = 40
+    """Length of a cell's side in all drawings."""
+
+    @property
+    def data(self) -> str:
+        """What the page's script needs, as JSON."""
+        segments = [{"begin": s.begin, "end": s.end, "stroke": s.stroke} for s in self.segments]
+        return json.dumps({"points": self.points, "segments": segments}, separators=(",", ":"))
 
 
-def stories(grid: GridConfig, episodes: Episodes, successes: int = 2, failures: int = 1) -> list[Story]:
+def players(grid: GridConfig, episodes: Episodes, successes: int = 2, failures: int = 1) -> list[Player]:
     """The first few successes and failures among `episodes`."""
     won = np.flatnonzero(episodes.success)[:successes]
     lost = np.flatnonzero(~episodes.success)[:failures]
     entered = entered_colors(grid, episodes.layouts.contents, episodes.positions)
-    found = []
-    for row in [*won, *lost]:
+    found, unit = [], Player.unit
+    for number, row in enumerate([*won, *lost], start=1):
         length = int(episodes.rollout.length[row])
         opened = np.flatnonzero(episodes.rollout.switch[row, :length].numpy())
-        colors = entered[row]
+        cells = map(int, episodes.positions[row, : length + 1])
+        points = [(cell % grid.size * unit + unit // 2, cell // grid.size * unit + unit // 2) for cell in cells]
         segments = [
-            Segment(int(a), int(b), tuple(int(c) for c in colors[a + 1 : b + 1] if c >= 0))
+            Segment(int(a), int(b), points[a : b + 1], tuple(int(c) for c in entered[row, a + 1 : b + 1] if c >= 0))
             for a, b in pairwise([*opened, length])
         ]
         if episodes.success[row]:
             ending = "solved"
         else:
             ending = "out of time" if episodes.truncated[row] else "failed: a wrong colour"
-        path = tuple(int(cell) for cell in episodes.positions[row, : length + 1])
-        found.append(Story(episodes.layouts.contents[row], path, tuple(segments), ending))
+        board = [_cell(grid, int(content)) for content in episodes.layouts.contents[row]]
+        found.append(Player(number, ending, grid.size, board, points, segments))
     return found
 
 
-def player(grid: GridConfig, story: Story, number: int) -> str:
-    """HTML of one episode; the page's script finds it by its class and sets it in motion.
-
-    Without the script the whole path is seen, coloured by segment.
-    """
-    name, steps = f"grid-{number}", len(story.path) - 1
-    data = {
-        "points": [[round(x, 1) for x in _center(grid, cell)] for cell in story.path],
-        "segments": [{"begin": s.begin, "end": s.end, "stroke": s.stroke, "colors": s.colors} for s in story.segments],
-    }
-    x, y = _center(grid, story.path[-1])
-    strip = "".join(_small(grid, story, name, k) for k in range(min(len(story.segments), STRIP)))
-    if len(story.segments) > STRIP:
-        strip += f'<p class="more">and {len(story.segments) - STRIP} more segments</p>'
-    side = grid.size * CELL
-    return f"""<div class="episode" data-episode="{escape(json.dumps(data, separators=(",", ":")))}">
-<div class="stage">
-<h3>Episode {number} <span>{escape(story.ending)} after {steps} steps</span></h3>
-<svg viewBox="0 0 {side} {side}" role="img" aria-label="Episode {number}, {escape(story.ending)}">
-<defs>{_board(grid, story.contents, name)}</defs><use href="#{name}"/>
-<g class="whole">{_whole(grid, story)}</g><polyline class="casing"/><polyline class="trail"/>
-<use href="#{name}-numbers"/>
-<circle class="agent" cx="{x:g}" cy="{y:g}" r="{CELL * 0.24:g}"/></svg>
-<div class="controls"><button type="button" aria-label="play or pause">Play</button>
-<input type="range" min="0" max="{steps}" value="{steps}" aria-label="step"></div>
-<p class="status">&nbsp;</p>
-</div>
-<ol class="strip">{strip}</ol>
-</div>"""
-
-
-def _small(grid: GridConfig, story: Story, name: str, k: int) -> str:
-    """One segment's own picture."""
-    segment, side = story.segments[k], grid.size * CELL
-    points = [_center(grid, cell) for cell in story.path[segment.begin : segment.end + 1]]
-    reached = ", ".join(map(str, segment.colors)) or "no colour"
-    (x, y), (u, v) = points[0], points[-1]
-    return (
-        f'<li><svg viewBox="0 0 {side} {side}" role="img" aria-label="Segment {k + 1}: {reached}">'
-        f'<use href="#{name}"/>{_line(points, segment.stroke, 1.6)}'
-        f'<circle cx="{x:g}" cy="{y:g}" r="6" class="start"/>'
-        f'<circle cx="{u:g}" cy="{v:g}" r="8" class="agent"/><use href="#{name}-numbers"/></svg>'
-        f"<span>segment {k + 1}: {reached}</span></li>"
-    )
-
-
-def _whole(grid: GridConfig, story: Story) -> str:
-    """All segments at once, shifted against each other so that repeated ways stay visible."""
-    drawn = []
-    for k, segment in enumerate(story.segments):
-        shift = ((k % 5) - 2) * CELL * 0.08
-        cells = story.path[segment.begin : segment.end + 1]
-        points = [(x + shift, y + shift) for x, y in (_center(grid, cell) for cell in cells)]
-        drawn.append(_line(points, segment.stroke, 1.2))
-        drawn.append(f'<circle cx="{points[0][0]:g}" cy="{points[0][1]:g}" r="5" class="start"/>')
-    return "".join(drawn)
-
-
-def _line(points: Sequence[tuple[float, float]], stroke: str, width: float) -> str:
-    """A coloured line with a white casing, so that it is seen on any cell."""
-    text = " ".join(f"{x:g},{y:g}" for x, y in points)
-    return (
-        f'<polyline points="{text}" fill="none" stroke="#fff" stroke-width="{width * 6:g}"/>'
-        f'<polyline points="{text}" fill="none" stroke="{stroke}" stroke-width="{width * 3.4:g}"/>'
-    )
-
-
-def _center(grid: GridConfig, cell: int) -> tuple[float, float]:
-    row, column = divmod(cell, grid.size)
-    return (column + 0.5) * CELL, (row + 0.5) * CELL
-
-
-def _board(grid: GridConfig, contents: NDArray[np.uint8], name: str) -> str:
-    """The cells `name`, and their numbers to be laid over a path, for all pictures of one episode.
-
-    Colours are pale, so that a path stands out. The size of the numbers is that of the text around.
-    """
-    cells, numbers = [], []
-    for cell, content in enumerate(contents):
-        row, column = divmod(cell, grid.size)
-        x, y, side = column * CELL + 1.5, row * CELL + 1.5, CELL - 3
-        fill = "#eff1f4"
-        if content < grid.colors:
-            tint = (round(255 - 0.55 * (255 - part)) for part in PALETTE[content % len(PALETTE)])
-            fill = "#{:02x}{:02x}{:02x}".format(*tint)
-            numbers.append(f'<text x="{x + 3:g}" y="{y + 2:g}" dy=".82em">{content}</text>')
-        elif content < grid.empty:
-            fill = "#484e58"
-        cells.append(f'<rect x="{x:g}" y="{y:g}" width="{side}" height="{side}" rx="6" fill="{fill}"/>')
-    return f'<g id="{name}">{"".join(cells)}</g><g id="{name}-numbers" class="numbers">{"".join(numbers)}</g>'
+def _cell(grid: GridConfig, content: int) -> tuple[str, int | None]:
+    """Colours are pale, so that a path stands out."""
+    if content >= grid.colors:
+        return "#484e58" if content < grid.empty else "#eff1f4", None
+    tint = (round(255 - 0.55 * (255 - part)) for part in PALETTE[content % len(PALETTE)])
+    return "#{:02x}{:02x}{:02x}".format(*tint), content

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from typing import Any, ClassVar
 
 from internalrl.analysis.evaluate import Episodes, play
@@ -83,7 +82,7 @@ class KnownMaterial(Material):
     @property
     @abstractmethod
     def task(self) -> str:
-        """What stage 3 is about, as HTML."""
+        """What stage 3 is about."""
 
     @abstractmethod
     def name(self, subgoal: int) -> str:
@@ -128,7 +127,7 @@ class GridMaterial(KnownMaterial):
     @property
     def task(self) -> str:
         return (
-            f"The task is to visit the colours {escape(run_task(self.run, self.models.grid))} in this order, with one "
+            f"The task is to visit the colours {run_task(self.run, self.models.grid)} in this order, with one "
             "reward at the very end."
         )
 

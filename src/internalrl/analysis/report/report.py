@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from html import escape
-from importlib.resources import files
-from string import Template
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from internalrl.analysis.report import markup, sections_code, sections_grid, sections_text
-from internalrl.analysis.report.markup import flat, table
+from internalrl.analysis.report import sections_code, sections_grid, sections_text
+from internalrl.analysis.report.formats import duration, flat
 from internalrl.analysis.report.material import GridMaterial, Material
+from internalrl.analysis.report.page import Headline, Number, Section, Table, render
 from internalrl.analysis.report.programs import ProgramMaterial, code_of, open_programs
 from internalrl.analysis.report.runs import find, open_models, open_steered, read_summary
+from internalrl.analysis.report.sections import Result
 from internalrl.analysis.report.texts import TextMaterial
 from internalrl.base.loading import load_base, load_tokenizer
 from internalrl.base.trajectory import TrajectoryModel
 from internalrl.run.files import write_atomic
 from internalrl.run.folder import RunFolder, read_run
 from internalrl.settings.stages import ReportConfig
-
-Section = tuple[str, str, Callable[[Any], str]]
-"""Id, title, and the function that makes the section, or nothing."""
 
 SECTIONS = {GridMaterial: sections_grid, ProgramMaterial: sections_code, TextMaterial: sections_text}
 """What a run is about, and the module of its HEADLINE and SECTIONS."""
@@ -33,24 +29,12 @@ def main(config: ReportConfig, run: RunFolder) -> dict[str, Any]:
     began = time.monotonic()
     material = open_material(run, config.episodes)
     own = SECTIONS[type(material)]
-    listed: list[Section] = [
-        ("headline", "In short", lambda m: headline(m, own.HEADLINE)),
-        *own.SECTIONS,
-        ("settings", "Settings", settings),
-    ]
-    made = [(name, title, body) for name, title, make in listed if (body := make(material))]
-    page = Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
-    html = page.substitute(
-        title=escape(f"Internal RL: {run.path.resolve().name}"),
-        lead=escape(material.lead),
-        nav=" ".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in made),
-        sections="\n".join(
-            f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>' for name, title, body in made
-        ),
-    )
+    made = [headline(material, own.HEADLINE), *(make(material) for make in own.SECTIONS), settings(material)]
+    sections = [section for section in made if section]
     file = run.path / "report.html"
-    write_atomic(file, html.encode())
-    return {"report": file, "sections": [name for name, _, _ in made], "seconds": time.monotonic() - began}
+    write_atomic(file, render(f"Internal RL: {run.path.resolve().name}", material.lead, sections).encode())
+    names = [section.name for section in sections]
+    return {"report": file, "sections": names, "seconds": time.monotonic() - began}
 
 
 def open_material(run: RunFolder, episodes: int) -> Material:
@@ -64,16 +48,24 @@ def open_material(run: RunFolder, episodes: int) -> Material:
     return TextMaterial(run, stored, summary, episodes, base, tokenizer, open_steered(run, base))
 
 
-def headline(m: Material, items: tuple[markup.Headline, ...]) -> str:
-    """The figures of summary.json, as far as they are there."""
-    return markup.headline(items, {name: find(m.summary, name) for name, *_ in items}, m.summary.get("seconds"))
+def headline(m: Material, results: Sequence[Result]) -> Section:
+    """The figures of summary.json, as far as they are there; the computing time is told by stage."""
+    seconds = m.summary.get("seconds")
+    stages = seconds.items() if isinstance(seconds, Mapping) else ()
+    spent = ", ".join(f"{stage} {duration(value)}" for stage, value in stages if stage != "total")
+    numbers: list[Number] = []
+    for name, label, text, form in results:
+        value = find(m.summary, name)
+        numbers.append((None if value is None else form(value), label, text or spent or "for all stages"))
+    return Section("headline", "In short", parts=[Headline(numbers)])
 
 
-def settings(m: Material) -> str:
+def settings(m: Material) -> Section:
     """What it takes to repeat the run."""
     made_with = {name: m.stored.get(name) for name in ("seed", "git", "threads", "hardware", "versions")}
-    return (
-        table(flat(made_with))
-        + f"<details><summary>All settings</summary>{table(flat(m.stored['config']))}</details>"
-        + f"<details><summary>All results</summary>{table(flat(m.summary))}</details>"
-    )
+    tables = [
+        Table([*flat(made_with)]),
+        Table([*flat(m.stored["config"])], folded="All settings"),
+        Table([*flat(m.summary)], folded="All results"),
+    ]
+    return Section("settings", "Settings", parts=tables)

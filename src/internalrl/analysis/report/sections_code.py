@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
-import numpy as np
-from numpy.typing import NDArray
-
-from internalrl.analysis.measure import Codes, plane
-from internalrl.analysis.report import figures, sections
-from internalrl.analysis.report.figures import COLORS, NEITHER, Level, key_of
-from internalrl.analysis.report.markup import Headline, curves, decimals, duration, figure, gallery, percent
+from internalrl.analysis.measure import plane
+from internalrl.analysis.report import sections
+from internalrl.analysis.report.drawing import COLORS, NEITHER
+from internalrl.analysis.report.figures import Level, curves, matrix
+from internalrl.analysis.report.formats import decimals, duration, percent
+from internalrl.analysis.report.page import Passage, Passages, Section, Table
 from internalrl.analysis.report.programs import Program, ProgramMaterial, following, obedience, segments
+from internalrl.analysis.report.sections import Result
 from internalrl.domains.code.grammar import PROMPT
 from internalrl.domains.code.idioms import INDENT
 
@@ -21,29 +21,29 @@ SHOWN = 4
 """Programs of each kind that are printed."""
 
 
-def pretraining(m: ProgramMaterial) -> str:
+def pretraining(m: ProgramMaterial) -> Section:
     """Stage 1: the curve against the corpus's own entropy."""
     known = m.references
-    return gallery(
+    return Section(
+        "pretrain",
+        "Stage 1: the base model",
         "A small Llama learns to continue programs, each a chain of idioms in varying forms, with chance deciding "
         f"which comes next. On fresh programs it needs {known.base:.3f} nats per token; with the corpus's own "
         f"probabilities it would be {known.bayes:.3f}.",
         [
             curves(
                 [m.line("pretrain", "nll")],
-                "step",
                 "token NLL in nats per token",
                 "Nothing that knows only what was written so far can get below the upper dashed line, and nothing at "
                 "all below the lower one.",
                 [Level("corpus's own", known.bayes), Level("idioms known", known.known)],
-                y_range=(0, None),
                 wide=True,
             )
         ],
     )
 
 
-def consolidation(m: ProgramMaterial) -> str:
+def consolidation(m: ProgramMaterial) -> Section:
     """Stage 2b: rehearsal on spliced texts."""
     return sections.consolidation(
         m,
@@ -53,117 +53,100 @@ def consolidation(m: ProgramMaterial) -> str:
     )
 
 
-def codes(m: ProgramMaterial) -> str:
+def codes(m: ProgramMaterial) -> Section | None:
     """Which idiom a code writes: codes of known idioms, random ones, and the policy's."""
     if m.steered is None:
-        return ""
+        return None
     random = segments(m.random)
-    axes = plane(random)
+    dots = partial(sections.dots, axes=plane(random), title="idiom written", name=m.name)
     shown = [
-        figure(
-            figures.matrix(
-                obedience(m.steered, m.corpus),
-                title="idiom that the code stood for in another program",
-                x_label="idiom written",
-                name=m.name,
-            ),
+        matrix(
+            obedience(m.steered, m.corpus),
+            "idiom that the code stood for in another program",
+            "idiom written",
+            m.name,
             "What each code writes: codes are taken from held-out programs and given in a new order, half of whose "
             "transitions the corpus never shows. Ideally all is on the diagonal.",
-            wide=True,
         ),
-        _plane(m, random, axes, "Random codes, coloured by the idiom that was written under them; the plane is the one "
-               "in which idioms separate best. Crosses are segments that are not one whole idiom."),
-        figure(
-            figures.matrix(
-                following(m.models.code, m.random),
-                m.models.code.unseen,
-                title="idiom just written",
-                x_label="next idiom",
-                name=m.name,
-                frame="not in the corpus",
-            ),
+        dots(
+            random,
+            "Random codes, coloured by the idiom that was written under them; the plane is the one in which idioms "
+            "separate best. Crosses are segments that are not one whole idiom.",
+        ),
+        matrix(
+            following(m.models.code, m.random),
+            "idiom just written",
+            "next idiom",
+            m.name,
             "What follows an idiom when the next code is random. Did codes not depend on context, every row would be "
             "the same; ending the program counts as other.",
-            wide=True,
+            framed=m.models.code.unseen,
+            frame="not in the corpus",
         ),
-    ]  # fmt: skip
-    if m.trained:
-        chosen = "The same plane with the codes that the trained policy chooses."
-        shown.append(_plane(m, segments(m.trained), axes, chosen))
-    return gallery("Without task or reward, codes show what each of them makes the model write.", shown)
+        dots(segments(m.trained), "The same plane with the codes that the trained policy chooses.")
+        if m.trained
+        else None,
+    ]
+    text = "Without task or reward, codes show what each of them makes the model write."
+    return Section("codes", "What the codes do", text, shown)
 
 
-def _plane(m: ProgramMaterial, found: Codes, axes: NDArray[np.float32], caption: str) -> str:
-    code, idiom = found.code[: sections.DOTS], found.reached[: sections.DOTS]
-    return figure(figures.code_plane(code @ axes, idiom, title="idiom written", name=m.name), caption)
-
-
-def programs(m: ProgramMaterial) -> str:
+def programs(m: ProgramMaterial) -> Section:
     """What is written before and after, by segment."""
     kinds = [
-        ("The bare model", m.bare, "Before: the base alone, its tokens sampled at temperature 1."),
-        ("Random codes", m.random, "Before: codes from N(0, I), and tokens at the temperature of internal RL."),
-        ("The trained policy", m.trained, "After: the policy chooses the codes; the base is the same."),
+        ("The bare model", "Before: the base alone, its tokens sampled at temperature 1.", m.bare),
+        ("Random codes", "Before: codes from N(0, I), and tokens at the temperature of internal RL.", m.random),
+        ("The trained policy", "After: the policy chooses the codes; the base is the same.", m.trained),
     ]
-    kinds = [kind for kind in kinds if kind[1]]
-    key = [("■", COLORS[k % len(COLORS)], m.name(k)) for k in range(len(m.models.code.idioms) + 1)]
-    return (
-        "<p>A segment is what was written under one code, and has the colour of its idiom; it is grey if it is not one "
-        "idiom. The bare model has no codes, and is cut where idioms end.</p>"
-        + _shares(m, kinds)
-        + key_of([*key, ("■", NEITHER, "other")])
-        + "".join(
-            f'<h3>{escape(title)}</h3><p>{escape(text)}</p><div class="programs">'
-            + "".join(_program(m, program) for program in written[:SHOWN])
-            + "</div>"
-            for title, written, text in kinds
-        )
+    kinds = [kind for kind in kinds if kind[2]]
+    idioms = [("■", COLORS[k % len(COLORS)], m.name(k)) for k in range(len(m.models.code.idioms) + 1)]
+    return Section(
+        "programs",
+        "Programs before and after",
+        "A segment is what was written under one code, and has the colour of its idiom; it is grey if it is not one "
+        "idiom. The bare model has no codes, and is cut where idioms end.",
+        key=[*idioms, ("■", NEITHER, "other")],
+        parts=[
+            _shares(m, {title: written for title, _, written in kinds}),
+            *(Passages(title, text, [_passage(m, p) for p in written[:SHOWN]]) for title, text, written in kinds),
+        ],
     )
 
 
-def _shares(m: ProgramMaterial, kinds: Sequence[tuple[str, Sequence[Program], str]]) -> str:
+def _shares(m: ProgramMaterial, kinds: Mapping[str, Sequence[Program]]) -> Table:
     """A row for each kind of programs: how many run and pass, and how new their transitions are."""
-    names = ["programs that run", "that pass all tests", "transitions that the corpus lacks"]
     rows = []
-    for title, written, _ in kinds:
+    for title, written in kinds.items():
         steps = [step for program in written for step in pairwise(program.idioms)]
-        shares = [
-            sum(program.status in ("runs", "passes") for program in written) / len(written),
-            sum(program.status == "passes" for program in written) / len(written),
-            sum(bool(m.models.code.unseen[step]) for step in steps) / max(len(steps), 1),
-        ]
-        rows.append([title, *(percent(share) for share in shares)])
-    if m.models.task is None:
-        names.pop(1)
-        rows = [[*row[:2], row[3]] for row in rows]
-    head = "".join(f"<th>{name}</th>" for name in ("", *names))
-    body = "".join(f"<tr><th>{title}</th>{''.join(f'<td>{v}</td>' for v in values)}</tr>" for title, *values in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+        shares = {
+            "programs that run": sum(program.status in ("runs", "passes") for program in written) / len(written),
+            "that pass all tests": sum(program.status == "passes" for program in written) / len(written),
+            "transitions that the corpus lacks": sum(bool(m.models.code.unseen[step]) for step in steps)
+            / max(len(steps), 1),
+        }
+        if m.models.task is None:
+            del shares["that pass all tests"]
+        rows.append([title, *map(percent, shares.values())])
+    return Table(rows, ("", *shares))
 
 
-def _program(m: ProgramMaterial, program: Program) -> str:
-    """One program with coloured segments, and what it is."""
-    chain = " → ".join(m.name(k) for k in program.idioms) or "no idiom"
-    return (
-        f"<figure><pre>{escape(PROMPT.removesuffix(INDENT))}{_segments(m, program)}</pre>"
-        f"<figcaption>{escape(program.status)}: {escape(chain)}</figcaption></figure>"
-    )
+def _passage(m: ProgramMaterial, program: Program) -> Passage:
+    """A program whose segments have the colours of their idioms.
 
-
-def _segments(m: ProgramMaterial, program: Program) -> str:
-    """Indentation that a segment left for the next one is shown as the latter's, so that blocks are whole lines."""
-    drawn, left = [], INDENT
+    Indentation that a segment left for the next one is shown as the latter's, so that blocks are whole lines.
+    """
+    pieces, left = [], INDENT
     for piece in program.pieces:
         text = left + piece.text
         left = text[text.rfind("\n") + 1 :] if text.endswith((f"\n{INDENT}", f"\n{INDENT * 2}")) else ""
-        color = COLORS[piece.idiom % len(COLORS)] if piece.idiom >= 0 else NEITHER
-        name = m.name(piece.idiom) if piece.idiom >= 0 else "other"
-        text = escape(text.removesuffix(left) if left else text)
-        drawn.append(f'<span style="background:{color}38" title="{name}">{text}</span>')
-    return "".join(drawn)
+        known = piece.idiom >= 0
+        color, name = (COLORS[piece.idiom % len(COLORS)], m.name(piece.idiom)) if known else (NEITHER, "other")
+        pieces.append((text.removesuffix(left), color, name))
+    chain = " → ".join(map(m.name, program.idioms)) or "no idiom"
+    return PROMPT.removesuffix(INDENT), pieces, f"{program.status}: {chain}"
 
 
-HEADLINE: tuple[Headline, ...] = (
+HEADLINE: tuple[Result, ...] = (
     ("success", "success of internal RL", "programs that pass all hidden tests of a function never shown", percent),
     ("raw_action_success", "success of token-level RL", "the same reward and as many programs, but no codes", percent),
     ("runs", "programs that run", "at the end of internal RL", percent),
@@ -180,11 +163,4 @@ HEADLINE: tuple[Headline, ...] = (
     ("seconds", "computing time", "", duration),
 )
 
-SECTIONS = (
-    ("pretrain", "Stage 1: the base model", pretraining),
-    ("discover", "Stage 2: discovery", sections.discovery),
-    ("consolidate", "Stage 2b: consolidation", consolidation),
-    ("codes", "What the codes do", codes),
-    ("reinforce", "Stage 3: internal RL", sections.reinforcement),
-    ("programs", "Programs before and after", programs),
-)
+SECTIONS = (pretraining, sections.discovery, consolidation, codes, sections.reinforcement, programs)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from internalrl.analysis.report import sections
-from internalrl.analysis.report.figures import COLORS
-from internalrl.analysis.report.markup import Headline, curves, decimals, duration, gallery
+from internalrl.analysis.report.drawing import COLORS
+from internalrl.analysis.report.figures import curves
+from internalrl.analysis.report.formats import decimals, duration
+from internalrl.analysis.report.page import Passage, Passages, Section
+from internalrl.analysis.report.sections import Result
 from internalrl.analysis.report.texts import Source, TextMaterial, Written
 
 KINDS: dict[Source, tuple[str, str]] = {
@@ -17,12 +18,12 @@ KINDS: dict[Source, tuple[str, str]] = {
 """Who chooses the codes, what it is called, and what is said of it."""
 
 
-def discovery(m: TextMaterial) -> str:
+def discovery(m: TextMaterial) -> Section:
     """Stage 2 step by step."""
-    return gallery(sections.FROZEN, sections.progress(m))
+    return Section("discover", "Stage 2: discovery", sections.FROZEN, sections.progress(m))
 
 
-def consolidation(m: TextMaterial) -> str:
+def consolidation(m: TextMaterial) -> Section:
     """Stage 2b: rehearsal on spliced texts."""
     return sections.consolidation(
         m,
@@ -31,20 +32,23 @@ def consolidation(m: TextMaterial) -> str:
     )
 
 
-def reinforcement(m: TextMaterial) -> str:
+def reinforcement(m: TextMaterial) -> Section:
     """Stage 3: rewards against completions, and how the policy gets there."""
     names = sorted({name for line in m.metrics for name in line if name.startswith("rewards/")})
     means = [name for name in names if name.endswith("/mean")]
     rewards = [m.line("reinforce", name, name.split("/")[1], x="episodes") for name in means]
-    return gallery(
+    return Section(
+        "reinforce",
+        "Stage 3: internal RL",
         "The task is what the run's reward functions ask for. Internal RL chooses a code at each switch and leaves the "
         "rest to the frozen model.",
         [
             curves(
                 [m.line("reinforce", "reward", "weighted sum", x="episodes"), *rewards],
-                "texts",
                 "reward per text",
                 "What completions are worth, in the mean over an iteration's batch.",
+                x_label="texts",
+                y_range=(None, None),
                 wide=True,
             ),
             sections.over_episodes(m, "completions/mean_length", "tokens per text", "How long completions are."),
@@ -61,27 +65,25 @@ def reinforcement(m: TextMaterial) -> str:
     )
 
 
-def texts(m: TextMaterial) -> str:
+def texts(m: TextMaterial) -> Section:
     """What is written before and after, by segment."""
-    kinds = [(*KINDS[source], written) for source, written in m.written.items() if written]
-    shown = (
-        f"<h3>{title}</h3><p>{text}</p>" + '<div class="programs">' + "".join(map(_completion, written)) + "</div>"
-        for title, text, written in kinds
+    return Section(
+        "texts",
+        "Before and after",
+        "The first prompts, completed. A segment, what was written under one code, has a colour of its own.",
+        parts=[Passages(*KINDS[source], [*map(_passage, written)]) for source, written in m.written.items() if written],
     )
-    intro = "<p>The first prompts, completed. A segment, what was written under one code, has a colour of its own.</p>"
-    return intro + "".join(shown) if kinds else ""
 
 
-def _completion(written: Written) -> str:
+def _passage(written: Written) -> Passage:
     """A prompt and its completion, whose segments differ in colour from their neighbours."""
-    pieces = (
-        f'<span style="background:{COLORS[number % len(COLORS)]}38">{escape(piece)}</span>'
-        for number, piece in enumerate(written.pieces)
-    )
-    return f"<figure><pre>{escape(written.prompt)}{''.join(pieces)}</pre></figure>"
+    pieces = [
+        (text, COLORS[number % len(COLORS)], f"segment {number + 1}") for number, text in enumerate(written.pieces)
+    ]
+    return written.prompt, pieces, ""
 
 
-HEADLINE: tuple[Headline, ...] = (
+HEADLINE: tuple[Result, ...] = (
     ("success", "reward", "mean of the last iterations", decimals(3)),
     ("hard_nll", "nats per token", "of held-out texts under the codes that discovery proposes", decimals(3)),
     ("hard_switches", "switches per text", "after the first", decimals(1)),
@@ -89,9 +91,4 @@ HEADLINE: tuple[Headline, ...] = (
     ("seconds", "computing time", "", duration),
 )
 
-SECTIONS = (
-    ("discover", "Stage 2: discovery", discovery),
-    ("consolidate", "Stage 2b: consolidation", consolidation),
-    ("reinforce", "Stage 3: internal RL", reinforcement),
-    ("texts", "Before and after", texts),
-)
+SECTIONS = (discovery, consolidation, reinforcement, texts)
