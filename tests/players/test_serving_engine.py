@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +23,16 @@ from transformers import PreTrainedModel
 from internalrl.controller.steered import SteeredModel
 from internalrl.errors import InternalRLError
 from internalrl.players.engine.engine import Busy, Engine, EngineConfig
-from internalrl.players.engine.requests import Finished, Request, SegmentRecord, Token
-from internalrl.players.engine.stream import Stream
+from internalrl.players.engine.requests import Request, SegmentRecord
 from internalrl.strategies.library import Library, Strategy
 from internalrl.strategies.limits import Limits, LimitsConfig
+from tests.support.answers import Answer, prompt, read, same, wait_until
 from tests.support.language import adapter_sizes, language_model, randomise, steer
 from tests.support.served import byte_tokenizer, save_adapter, served_base
 
 TOKENIZER = byte_tokenizer()
 BROKEN_CODE = ((-1e30,) * 3,)
 END = 0
-
-
-@dataclass
-class Answer:
-    """What came of a request."""
-
-    tokens: list[Token]
-    end: Finished
-
-    @property
-    def numbers(self) -> list[int]:
-        return [token.number for token in self.tokens]
-
-    @property
-    def text(self) -> str:
-        return "".join(token.text for token in self.tokens) + self.end.text
-
-
-def read(stream: Stream) -> Answer:
-    *tokens, end = stream
-    assert isinstance(end, Finished)
-    assert all(isinstance(token, Token) for token in tokens)
-    return Answer(tokens, end)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +59,6 @@ def engine_of(base: PreTrainedModel, models: dict[str, SteeredModel], on_segment
     for key, model in models.items():
         engine.add_adapter(key, model.adapter)
     return engine
-
-
-def prompt(length: int = 8, seed: int = 0) -> tuple[int, ...]:
-    return tuple(random.Random(seed).choices(range(1, 200), k=length))
 
 
 # -- the same answer, whatever else is in the batch ---------------------------------------------------------
@@ -122,16 +95,6 @@ def alone(base: PreTrainedModel, models: dict[str, SteeredModel]) -> list[Answer
     """Answers to 64 requests, one after the other."""
     with engine_of(base, models, slots=1) as engine:
         return [read(engine.submit(request)) for request in mixed(64)]
-
-
-def same(found: Answer, expected: Answer) -> None:
-    assert (found.numbers, found.text, found.end.reason) == (expected.numbers, expected.text, expected.end.reason)
-    assert len(found.end.segments) == len(expected.end.segments)
-    for one, other in zip(found.end.segments, expected.end.segments, strict=True):
-        assert (one.start, one.stop, one.text) == (other.start, other.stop, other.text)
-        assert one.code == pytest.approx(other.code, abs=1e-3)
-        assert one.switch_probability == pytest.approx(other.switch_probability, abs=1e-3)
-        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-2)
 
 
 @pytest.mark.parametrize(("slots", "prefill"), [(1, 7), (8, 256), (8, 5), (64, 100)])
@@ -394,13 +357,6 @@ def test_a_filter_ends_the_answer_or_is_recorded(
 
 
 # -- slots, queue, errors -----------------------------------------------------------------------------------
-
-
-def wait_until(condition: Any, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_cancelling_frees_the_slot_and_the_queue(base: PreTrainedModel, models: dict[str, SteeredModel]) -> None:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from internalrl.players.engine.requests import Request
-from internalrl.players.engine.sampling import Sampler, nucleus
+from internalrl.players.engine.sampling import Chance, Sampler, nucleus
 
 VOCABULARY = 11
 
@@ -19,8 +19,8 @@ def request(**options: float) -> Request:
 
 
 def sampler(*requests: Request) -> Sampler:
-    generators = [torch.Generator().manual_seed(row) for row in range(len(requests))]
-    return Sampler(requests, generators, torch.device("cpu"))
+    chances = [Chance(row) for row in range(len(requests))]
+    return Sampler(requests, chances, torch.device("cpu"))
 
 
 def logits(rows: int, vocabulary: int = VOCABULARY, seed: int = 0) -> Tensor:
@@ -58,9 +58,9 @@ def test_logprobs_are_those_of_the_model_whatever_the_temperature() -> None:
 def test_a_row_draws_the_same_whatever_the_others_do() -> None:
     scores = logits(3, 301)
     mine = request(temperature=0.9, top_p=0.95)
-    alone = Sampler([mine], [torch.Generator().manual_seed(7)], torch.device("cpu"))
+    alone = Sampler([mine], [Chance(7)], torch.device("cpu"))
     others = [request(temperature=0), mine, request(top_k=4)]
-    together = Sampler(others, [torch.Generator().manual_seed(seed) for seed in (1, 7, 3)], torch.device("cpu"))
+    together = Sampler(others, [Chance(seed) for seed in (1, 7, 3)], torch.device("cpu"))
     for step in range(50):
         scores = logits(3, 301, step)
         assert alone(scores[1:2]).numbers[0] == together(scores).numbers[1]

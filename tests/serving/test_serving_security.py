@@ -247,13 +247,13 @@ class Paced:
         self._free.set()
 
     @property
-    def step(self) -> Callable[[Running], None]:
+    def step(self) -> Callable[[Running, int], int]:
         """In place of the engine's own."""
 
-        def step(running: Running) -> None:
+        def step(running: Running, most: int) -> int:
             while not (self._free.is_set() or self._allowed.acquire(timeout=0.02)):
                 pass
-            self._step(running)
+            return self._step(running, most)
 
         return step
 

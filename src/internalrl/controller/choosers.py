@@ -6,6 +6,7 @@ wait. Their rows can come and go: `select` keeps some, `join` adds those of anot
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -57,6 +58,13 @@ class Drawn:
             self.hidden = torch.where(switch[:, None], hidden, self.hidden)
         return torch.where(switch[:, None], self.draw(switch), code)
 
+    def ready(self, count: int) -> Drawn:
+        """Have what `count` calls may draw, and return what is to go on from here, should they be taken back."""
+        self.noise.fill(count)
+        before = copy.copy(self)
+        before.noise = copy.copy(self.noise)
+        return before
+
     def draw(self, switch: Tensor) -> Tensor:
         """Codes (B, n_z) for the segments that have just begun where `switch` (B,) is True; each call draws anew."""
         proposal = self.temperature * self.noise.next(switch)
@@ -86,8 +94,12 @@ class Given:
 
     def __call__(self, switch: Tensor, x: Tensor, code: Tensor) -> Tensor:
         proposal = self.codes[self.rows, self.segment.minimum(self.last)]
-        self.segment += switch
+        self.segment = self.segment + switch
         return torch.where(switch[:, None], proposal, code)
+
+    def ready(self, count: int) -> Given:
+        """As `Drawn.ready`; nothing is drawn here."""
+        return copy.copy(self)
 
     def select(self, rows: list[int]) -> None:
         self.codes, self.segment, self.last = self.codes[rows], self.segment[rows], self.last[rows]
@@ -124,12 +136,16 @@ class RowNoise:
 
     def next(self, switch: Tensor) -> Tensor:
         """(B, n_z) for the segments that begin where `switch` (B,) is True; what others get is not used up."""
-        if self.asked == self.table.shape[1]:  # no row can have used more vectors than there were questions
-            self._refill()
+        self.fill(1)
         self.asked += 1
         vector = self.table[self.rows, self.segment]
-        self.segment += switch
+        self.segment = self.segment + switch
         return vector
+
+    def fill(self, count: int) -> None:
+        """Have the vectors that the next `count` questions may use: no row uses more than one for each."""
+        if self.asked + count > self.table.shape[1]:
+            self._refill(max(count, SEGMENTS))
 
     def select(self, rows: list[int]) -> None:
         self.generators = [self.generators[row] for row in rows]
@@ -150,15 +166,15 @@ class RowNoise:
         self.rows = torch.arange(len(self), device=like.device)
         self.asked = 0
 
-    def _refill(self) -> None:
+    def _refill(self, count: int) -> None:
         for row, used in enumerate(self.segment.tolist()):
             left = self.drawn[row][used:]
-            if len(left) < SEGMENTS:
+            while len(left) < count:
                 more = torch.randn(SEGMENTS, left.shape[1], generator=self.generators[row])
                 left = torch.cat([left, more])
             self.drawn[row] = left
         self.segment = torch.zeros_like(self.segment)
-        self.table = torch.stack([left[:SEGMENTS] for left in self.drawn]).to(self.table)
+        self.table = torch.stack([left[:count] for left in self.drawn]).to(self.table)
         self.asked = 0
 
 

@@ -88,10 +88,12 @@ class ServeConfig(Checked):
     """Folder of the registry: the adapters and, without --database, an SQLite file."""
     database: str | None = None
     """URL of a database instead of SQLite files, also for the audit: postgresql://USER@HOST/NAME."""
-    slots: Count = 16
+    slots: Count = 64
     """Sequences that are decoded together."""
-    queue: Natural = 64
+    queue: Natural = 192
     """Requests that may wait for a slot; more are answered with 429."""
+    memory: Positive | None = None
+    """GiB for keys and values; by default half of what is free at the start. Requests wait until theirs fit."""
     context: Annotated[int | None, Range(1)] = None
     """Most tokens of a sequence, prompt and answer; by default, and at most, the base's context."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -171,7 +173,7 @@ def build(config: ServeConfig, stack: ExitStack) -> Guard:
     engine = Engine(
         base,
         tokenizer,
-        EngineConfig(slots=config.slots, queue=config.queue, context=config.context),
+        EngineConfig(slots=config.slots, queue=config.queue, context=config.context, memory=config.memory),
         audit.segment if audit else None,
     )
     stack.callback(engine.close)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,14 +24,18 @@ from internalrl.controller.choosers import Drawn, Given, row_seeds
 from internalrl.controller.generate import chooser, per_segment
 from internalrl.controller.steering import Share
 from internalrl.errors import InternalRLError
-from internalrl.players.engine.batch import check_base
+from internalrl.players.engine.bases import check_base
 from internalrl.players.engine.checks import check_request
 from internalrl.players.engine.group import Group
+from internalrl.players.engine.memory import SHARE, free_bytes
+from internalrl.players.engine.pace import Pace
 from internalrl.players.engine.requests import Finished, Request, SegmentRecord
 from internalrl.players.engine.running import Running
+from internalrl.players.engine.sampling import Chance
 from internalrl.players.engine.sequence import Sequence
 from internalrl.players.engine.stream import Stream, deliver
-from internalrl.settings.ranges import Checked, Count, Natural
+from internalrl.players.engine.trays import capacity
+from internalrl.settings.ranges import Checked, Count, Natural, Positive
 from internalrl.strategies.limits import Limits
 
 __all__ = ["Busy", "Engine", "EngineConfig", "Stats", "Stream"]
@@ -46,14 +51,16 @@ class Busy(InternalRLError):  # noqa: N818 (the client did nothing wrong)
 class EngineConfig(Checked):
     """Sizes of the engine."""
 
-    slots: Count = 16
+    slots: Count = 64
     """Sequences that are decoded together."""
-    queue: Natural = 64
+    queue: Natural = 192
     """Requests that may wait for a slot; more are refused with `Busy`."""
-    prefill: Count = 256
-    """Most prompt tokens that are read between two steps of the running sequences."""
+    prefill: Count = 512
+    """Most prompt tokens that are read in a forward pass; fewer while answers wait for it."""
     context: Count | None = None
     """Most tokens of a sequence, prompt and answer; by default, and at most, the base's context."""
+    memory: Positive | None = None
+    """GiB for keys and values; by default half of what is free when the engine starts."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Stats:
 
     Attributes:
         running, waiting: requests in a slot, and in the queue.
+        memory: bytes of keys and values.
         requests, tokens, segments: finished requests, generated tokens, segments that ended.
         violations: segments to which the limits objected.
         errors: requests that ended with an error.
@@ -69,6 +77,7 @@ class Stats:
 
     running: int = 0
     waiting: int = 0
+    memory: int = 0
     requests: int = 0
     tokens: int = 0
     segments: int = 0
@@ -112,14 +121,16 @@ class Engine:
         self.context: int | None = min((length for length in contexts if length is not None), default=None)
         self._vocabulary: int = text.vocab_size
         self._ends = {*_numbers(base.generation_config.eos_token_id), *_numbers(tokenizer.eos_token_id)}
-        check_base(base, self.context)
+        self._way, self._shape = check_base(base, self.context)
+        memory = SHARE * free_bytes(base.device) if self.config.memory is None else self.config.memory * 2**30
+        self._memory = int(memory / self._shape.bytes)  # in tokens
         base_fingerprint(base)  # it is remembered, and adapters are quick to load
         self._on_segment = on_segment
         self._adapters: dict[str, _Served] = {}
         self._waiting: deque[Sequence] = deque()
         self._live: list[Sequence] = []  # out of the queue, and not finished
-        self._reading: Sequence | None = None  # its prompt is read in parts
-        self._running = Running(base, self.config.slots, self.context)
+        self._pace = Pace(self.config.prefill)
+        self._running = self._none_running()
         self._open = 0  # accepted requests that have not finished
         self._closed = False
         self._counts = dict.fromkeys(("requests", "tokens", "segments", "violations", "errors"), 0)
@@ -194,9 +205,14 @@ class Engine:
             self.tokenizer,
             group,
             limits,
-            torch.Generator().manual_seed(token_seed),
+            Chance(token_seed),
             self._segment_ended,
         )
+        if self._size(sequence) > self._memory:
+            raise InternalRLError(
+                f"Prompt and answer may come to {sequence.tokens} tokens, but there is memory for {self._memory}; ask "
+                "for fewer."
+            )
         with self._change:
             if self._closed:
                 raise InternalRLError("The engine is closed; start another one.")
@@ -213,7 +229,8 @@ class Engine:
     def stats(self) -> Stats:
         """Counters; no lock is taken."""
         waiting = len(self._waiting)
-        return Stats(running=max(self._open - waiting, 0), waiting=waiting, **self._counts)
+        memory = self._running.tokens * self._shape.bytes
+        return Stats(running=max(self._open - waiting, 0), waiting=waiting, memory=memory, **self._counts)
 
     def close(self) -> None:
         """Stop: running and waiting requests end as cancelled. Also at the end of a `with` block."""
@@ -236,13 +253,12 @@ class Engine:
                 try:
                     self._drop_cancelled()
                     self._admit()
-                    self._running.step()
-                    self._running.drop_finished()
+                    self._step()
                 except Exception as error:
                     log.error("A step of the engine failed; the requests in its slots end.", exc_info=error)
                     for sequence in self._live:
                         sequence.fail(error)
-                    self._running = Running(self.base, self.config.slots, self.context)
+                    self._running = self._none_running()
                 self._deliver()
         self._live.extend(self._waiting)
         self._waiting.clear()
@@ -269,26 +285,29 @@ class Engine:
         self._running.drop_finished()
 
     def _admit(self) -> None:
-        """Read prompts, as many tokens as may be read between two steps, while there are slots."""
-        left = self.config.prefill
-        while left > 0:
-            if self._reading is None or self._reading.finished:
-                self._reading = self._next()
-            if self._reading is None:
-                return
-            left -= self._running.prefill(self._reading, left)
-            if self._reading.read == len(self._reading.request.prompt):
-                self._reading = None
+        """Give slots to those who have waited longest, as far as slots and memory go."""
+        taken = sum(self._size(sequence) for sequence in self._live)
+        while self._waiting and len(self._running) < self.config.slots:
+            with self._change:
+                if taken + self._size(self._waiting[0]) > self._memory:
+                    return
+                sequence = self._waiting.popleft()
+            self._live.append(sequence)
+            taken += self._size(sequence)
+            self._running.add(sequence)
 
-    def _next(self) -> Sequence | None:
-        """The request that has waited longest, if there is a slot for it."""
-        if len(self._running.sequences) == self.config.slots:
-            return None
-        with self._change:
-            if not self._waiting:
-                return None
-            self._live.append(self._waiting.popleft())
-        return self._live[-1]
+    def _step(self) -> None:
+        running, began = len(self._running.sequences), time.perf_counter()
+        read = self._running.step(self._pace.tokens(running))
+        self._pace.passed(time.perf_counter() - began, running, read)
+        self._running.drop_finished()
+
+    def _size(self, sequence: Sequence) -> int:
+        """Tokens that it may need memory for: what was admitted is never ended for want of it."""
+        return capacity(sequence.tokens, self.context)
+
+    def _none_running(self) -> Running:
+        return Running(self._way, self._shape, self.config.slots, self.context)
 
     def _deliver(self) -> None:
         """Hand over the events of this turn; who has finished is forgotten."""

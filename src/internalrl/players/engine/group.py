@@ -12,7 +12,7 @@ from internalrl.base.residual import ResidualTap, Steer
 from internalrl.controller.adapter import Adapter
 from internalrl.controller.choosers import Drawn, Given
 from internalrl.controller.metacontroller import Controller
-from internalrl.controller.steering import Share, Steering
+from internalrl.controller.steering import Steering
 from internalrl.strategies.limits import Decisions, Limits
 
 
@@ -47,10 +47,12 @@ class Group:
     def __init__(self, adapter: Adapter, choose: Drawn | Given, limits: Limits | None):
         self.adapter, self.choose, self.limits = adapter, choose, limits
         self.state = adapter.metacontroller.start(1, adapter.metacontroller.down.device)
-        self.controller: Controller  # of the open segments; there is none before the first
+        self.controller = adapter.metacontroller.controller(self.state.code)  # of the open segments
         self.opened: list[int] = []  # rows that have switched in this forward pass
         self.decided: Decisions | Exception | None = None
         self.steering: Steering | None = None
+        self._before = choose, self.controller
+        self._replaced: tuple[Tensor, Controller] | None = None
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -71,17 +73,35 @@ class Group:
 
     # -- in a forward pass --------------------------------------------------------------------------------
 
-    def part(self, rows: Tensor | None, prompt: int = 0) -> tuple[ResidualTap, Steer]:
-        """Where and how to steer one forward pass of the base; `finish` comes after it.
+    def part(self, columns: Tensor, prompt: int = 0) -> tuple[ResidualTap, Steer]:
+        """Where and how to steer one forward pass of the base; `finish` or `undo` comes after it.
 
         Args:
-            rows: of the batch; None is all of them.
+            columns: of the pass (1, N), in which the rows are: one of each row, or several of the only one.
             prompt: number of columns at the start that enter the history and are neither steered nor decided.
         """
-        self.opened, self.decided = [], None
-        meta = self.adapter.metacontroller
-        self.steering = Steering(meta, self._choose, self.state, prompt, control=lambda e, _: self.controller(e))
-        return Share(self.adapter, rows).at_tap(self.steering)
+        self.opened, self.decided, self._replaced = [], None, None
+        redraws = 0 if self.limits is None else self.limits.config.redraws
+        self._before = self.choose.ready(1 + redraws), self.controller
+        meta, rows = self.adapter.metacontroller, len(self.state.started)
+        steering = Steering(meta, self._choose, self.state, prompt, control=lambda e, _: self.controller(e))
+        self.steering = steering
+
+        def steer(residual: Tensor) -> Tensor:
+            own = residual[0].index_select(0, columns).view(rows, -1, residual.shape[2])
+            steered = steering(own)
+            return residual if steered is own else residual.index_copy(1, columns, steered.view(1, len(columns), -1))
+
+        return self.adapter.tap, steer
+
+    def undo(self) -> None:
+        """Be as before the forward pass, which failed."""
+        if self.steering is None:
+            return
+        self.steering = None
+        self.choose, self.controller = self._before
+        if self._replaced is not None:
+            self.controller.put(*self._replaced)
 
     def finish(self) -> Iterator[Opening]:
         """Take over what the forward pass has changed; the segments that it has opened."""
@@ -118,6 +138,7 @@ class Group:
         if len(rows) == len(switch):
             self.controller = controller
         else:
+            self._replaced = rows, self.controller.select(rows)
             self.controller.put(rows, controller)
         return code
 

@@ -106,4 +106,7 @@ class Finished:
 FAILED = "The server failed to answer this request; its log tells why."
 """The error of a request that ended by no mistake of its own."""
 
+NO_MEMORY = "There was not enough memory for this request; ask for less, or try again later."
+"""The error of a request for which an allocation failed."""
+
 Event = Token | Finished

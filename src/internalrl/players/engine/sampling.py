@@ -33,19 +33,37 @@ class Drawn:
     tops: list[tuple[tuple[int, float], ...]]
 
 
+class Chance:
+    """The random numbers of a row; those of a token are the same until it is drawn, however often that is tried."""
+
+    def __init__(self, seed: int):
+        self._generator = torch.Generator().manual_seed(seed)
+        self._next: Tensor | None = None
+
+    def next(self, count: int) -> Tensor:
+        """(count,) uniform numbers for the next token."""
+        if self._next is None:
+            self._next = torch.rand(count, generator=self._generator, dtype=torch.double)
+        return self._next
+
+    def drawn(self) -> None:
+        """The token was drawn."""
+        self._next = None
+
+
 class Sampler:
     """Draws a token for each of B rows.
 
     Args:
         requests: say how.
-        generators: one per row, on the CPU.
+        chances: one per row.
     """
 
-    def __init__(self, requests: Sequence[Request], generators: Sequence[torch.Generator], device: torch.device):
+    def __init__(self, requests: Sequence[Request], chances: Sequence[Chance], device: torch.device):
         warm = [row for row, request in enumerate(requests) if request.temperature >= COLDEST]
         temperatures = [request.temperature if request.temperature >= COLDEST else 1.0 for request in requests]
         self.rows, self.device = len(requests), device
-        self.generators = [(row, generators[row]) for row in warm]
+        self.chances = {row: chances[row] for row in warm}
         self.greedy = torch.tensor([request.temperature < COLDEST for request in requests], device=device)
         self.temperature = None
         if any(temperature != 1 for temperature in temperatures):
@@ -62,10 +80,13 @@ class Sampler:
         weights = shifted.exp()
         log_total = weights.sum(-1).log()
         numbers = logits.argmax(-1)
-        if self.generators:
+        if self.chances:
             numbers = torch.where(self.greedy, numbers, self._race(self._weights(shifted, weights)))
         logprobs = shifted.gather(1, numbers[:, None]).squeeze(1) - log_total
-        return Drawn(numbers.tolist(), logprobs.tolist(), self._tops(shifted, log_total))
+        drawn = Drawn(numbers.tolist(), logprobs.tolist(), self._tops(shifted, log_total))
+        for chance in self.chances.values():
+            chance.drawn()
+        return drawn
 
     def _weights(self, shifted: Tensor, weights: Tensor) -> Tensor:
         """(B, V), in proportion to which tokens are drawn."""
@@ -82,9 +103,10 @@ class Sampler:
         rows, vocabulary = weights.shape
         size = math.isqrt(vocabulary - 1) + 1  # of a block
         blocks = -(-vocabulary // size)
-        uniform = torch.full((rows, blocks + size), 0.5, dtype=torch.double)
-        for row, generator in self.generators:
-            torch.rand(blocks + size, generator=generator, dtype=torch.double, out=uniform[row])
+        cold = torch.full((blocks + size,), 0.5, dtype=torch.double)
+        uniform = torch.stack(
+            [self.chances[row].next(blocks + size) if row in self.chances else cold for row in range(rows)]
+        )
         exponential = -uniform.log().to(self.device)
         blocked = F.pad(weights, (0, blocks * size - vocabulary)).view(rows, blocks, size)
         block = (blocked.sum(-1) / exponential[:, :blocks]).argmax(-1)

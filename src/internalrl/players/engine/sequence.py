@@ -8,14 +8,16 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from internalrl.errors import InternalRLError
 from internalrl.players.engine.group import Group, Opening
-from internalrl.players.engine.requests import FAILED, Event, Finished, Request, SegmentRecord, Token
+from internalrl.players.engine.memory import is_shortage
+from internalrl.players.engine.requests import FAILED, NO_MEMORY, Event, Finished, Request, SegmentRecord, Token
+from internalrl.players.engine.sampling import Chance
 from internalrl.players.engine.stream import Stream
 from internalrl.players.engine.text import Detokenizer, Stops
+from internalrl.players.engine.trays import Row
 from internalrl.strategies.limits import Limits
 
 Reason = Literal["stop", "length", "cancelled", "error"]
@@ -39,12 +41,12 @@ class Sequence:
         most: tokens that it may generate.
         ends: end-of-sequence tokens.
         group: of one row, which steers it; None for the bare base.
-        generator: of its tokens.
+        chance: of its tokens.
         on_segment: told of every segment that has ended.
 
     Attributes:
-        cache: of the prompt as far as it was `read`, until the sequence joins the others.
-        last: the newest token, which the base has not seen.
+        row: what the base has read of it, while it has a slot.
+        last: the newest token, which the base has not read.
         events: not yet delivered.
         finished: whether it has ended.
     """
@@ -57,14 +59,13 @@ class Sequence:
         tokenizer: PreTrainedTokenizerBase,
         group: Group | None,
         limits: Limits | None,
-        generator: torch.Generator,
+        chance: Chance,
         on_segment: Callable[[Request, SegmentRecord], None],
     ):
         self.stream, self.request = stream, stream.request
         self.most, self.ends, self.group, self.limits = most, ends, group, limits
-        self.generator, self.on_segment = generator, on_segment
-        self.cache: DynamicCache | None = None
-        self.read = 0
+        self.chance, self.on_segment = chance, on_segment
+        self.row: Row | None = None
         self.last = -1
         self.count = 0
         self.finished = False
@@ -74,6 +75,11 @@ class Sequence:
         self._open: _Open | None = None
         self._detokenizer = Detokenizer(tokenizer, self.request.prompt)
         self._stops = Stops(self.request.stop)
+
+    @property
+    def tokens(self) -> int:
+        """Most that prompt and answer may come to."""
+        return len(self.request.prompt) + self.most
 
     def open(self, opening: Opening) -> None:
         """A segment begins with the next token; the one before has ended. The limits may end the answer with it."""
@@ -105,7 +111,10 @@ class Sequence:
 
     def fail(self, error: Exception) -> None:
         """End it because of `error`. Only a sentence that is meant for users is told to them; the log has the rest."""
-        if isinstance(error, InternalRLError):
+        if is_shortage(error):
+            log.warning("Request %s was ended: %s", self.request.id, error)
+            self.finish("error", NO_MEMORY)
+        elif isinstance(error, InternalRLError):
             self.finish("error", str(error))
         else:
             log.error("Request %s failed.", self.request.id, exc_info=error)

@@ -77,6 +77,7 @@ class Metrics:
         for name, value, text in (
             ("slots_running", stats.running, "Sequences being decoded."),
             ("queue_waiting", stats.waiting, "Sequences waiting for a slot."),
+            ("cache_bytes", stats.memory, "Keys and values of the sequences."),
             ("adapters_live", len(self._live.routing.versions), "Versions of adapters that answer."),
             ("adapters_failed", len(self._live.routing.failed), "Adapters whose live versions cannot be loaded."),
         ):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from internalrl.errors import InternalRLError
 from internalrl.players.engine.engine import Busy, Engine
-from internalrl.players.engine.requests import FAILED, Event, Finished, Request
+from internalrl.players.engine.requests import FAILED, NO_MEMORY, Event, Finished, Request
 from internalrl.players.engine.stream import Stream
 from internalrl.serving.api.answers import Answer, Kind, Vocabulary
 from internalrl.serving.api.asking import to_engine
@@ -220,7 +220,7 @@ class Service:
                         await self._recorded(self.audit, streams[index].request.id)
                     ended.add(index)
                     if event.reason == "error":
-                        raise failed() if event.error in (None, FAILED) else Problem(400, str(event.error))
+                        raise _problem(event.error)
                     if event.reason == "cancelled":
                         raise Problem(503, "The server is shutting down.", code="shutting_down")
                     if remembered and len(ended) == len(streams):  # whoever has the answer may tell how it was
@@ -257,6 +257,15 @@ class Service:
         self._tasks.add(task)  # the loop itself keeps no reference
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _problem(error: str | None) -> Problem:
+    """Why an answer ended with an error."""
+    if error in (None, FAILED):
+        return failed()
+    if error == NO_MEMORY:
+        return Problem(503, NO_MEMORY, code="no_memory")
+    return Problem(400, str(error))
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Event]]:

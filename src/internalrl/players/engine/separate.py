@@ -1,0 +1,67 @@
+"""The forward pass of a base whose attention nobody can take over: it reads the tokens of one sequence at a time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from internalrl.players.engine.packed import Pass
+from internalrl.players.engine.trays import Row
+
+
+class _Layer(CacheLayerMixin):
+    """What a row's tray holds of one block."""
+
+    is_sliding = False
+
+    def __init__(self, row: Row, layer: int):
+        super().__init__()
+        self.row, self.layer, self.is_initialized = row, layer, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is memory already."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        tray, place = self.row.tray, slice(self.row.place, self.row.place + 1)
+        end = self.row.length + key_states.shape[2]
+        found = []
+        for states, kept in ((key_states, tray.keys), (value_states, tray.values)):
+            kept[self.layer, place, :, self.row.length : end] = states
+            found.append(kept[self.layer, place, :, :end])
+        return found[0], found[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.row.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.row.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SeparateBase:
+    """A base that reads a `Pass` of a single row."""
+
+    joint = False
+    """Whether passes may have several rows."""
+
+    def __init__(self, base: PreTrainedModel):
+        self.base = base
+        self._takes = set(inspect.signature(base.forward).parameters)
+
+    def __call__(self, read: Pass, wanted: Sequence[int]) -> Tensor:
+        """The logits (len(wanted), V) that follow the last token, where that is `wanted`."""
+        [(row, new)] = read.rows
+        cache = Cache(layers=[_Layer(row, layer) for layer in range(len(row.tray.keys))])
+        mask = read.tokens.new_ones(1, row.length + len(new))
+        options = {"position_ids": read.positions, "logits_to_keep": 1}
+        given = {name: value for name, value in options.items() if name in self._takes}
+        output = self.base(read.tokens, past_key_values=cache, use_cache=True, attention_mask=mask, **given)
+        logits: Tensor = output.logits[:, -1]
+        return logits[: len(wanted)]
