@@ -16,7 +16,7 @@ import internalrl
 PACKAGE = Path(internalrl.__file__).parent
 
 LAYERS = (
-    {"errors"},
+    {"errors", "tables"},
     {"domains", "pages", "settings.ranges", "run.files", "run.streams"},
     {"settings.schema", "run.checkpoint", "run.processes"},
     {"run"},
@@ -82,6 +82,7 @@ def test_command_line_knows_stages_by_name_only() -> None:
         "run.files",
         "settings",
         "settings.schema",
+        "tables",
     }
 
 

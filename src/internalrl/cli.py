@@ -15,17 +15,17 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from internalrl.errors import InternalRLError, OptionError
+from internalrl.tables import print_results, printing
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from internalrl.settings.options import ReadOptions, RunOptions, ToolOptions
 
 
@@ -131,6 +131,11 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (0, 2 for a mistake in the input, 130 when interrupted)."""
+    with printing():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
@@ -147,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         hint = ""
         if command and (run := getattr(command.options, "run", None)) and not SUBCOMMANDS[command.name].reads:
-            hint = f" Continue with: internalrl {command.name} --run {run} --resume"
+            words = ["internalrl", *command.name.split(), "--run", str(run), "--resume"]
+            hint = f" Continue with: {shlex.join(words)}"
         print(f"\nInterrupted.{hint}", file=sys.stderr)
         return 130
     except (InternalRLError, ValueError) as error:
@@ -289,44 +295,8 @@ def _print_summary(command: Command, summary: Mapping[str, Any]) -> None:
     if command.options.json:
         print(json.dumps(summary))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    lists = {key: value for key, value in summary.items() if _is_list_of_rows(value)}
-    if single := {key: value for key, value in summary.items() if key not in lists}:
-        run = getattr(command.options, "run", None)
-        table = Table(title=f"{command.name}: {run}" if run else command.name, show_header=False)
-        for key, value in _flat(single):
-            table.add_row(key, _cell(value))
-        console.print(table)
-    for key, rows in lists.items():
-        table = Table(*rows[0], title=key)
-        for row in rows:
-            table.add_row(*map(_cell, row.values()))
-        console.print(table)
-
-
-def _is_list_of_rows(value: Any) -> bool:
-    """Whether a value of a summary is a table: rows with the same names."""
-    rows = value if isinstance(value, list) else []
-    return bool(rows) and all(isinstance(row, Mapping) and row.keys() == rows[0].keys() for row in rows)
-
-
-def _cell(value: Any) -> Text:
-    """What a table shows: as it is written, whatever it holds of markup or control characters."""
-    from rich.text import Text
-
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return Text("".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    run = getattr(command.options, "run", None)
+    print_results(f"{command.name}: {run}" if run else command.name, summary)
 
 
 def _typed(option: str) -> str:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from internalrl.errors import InternalRLError
 from internalrl.run.files import PARTIAL, jsonable, write_atomic, write_errors
+from internalrl.run.lock import LOCK_FILE, Lock, hold
 from internalrl.run.metrics import Lines, Sink, TrackerName, find_tracker, read_metrics, require_finite
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class RunFolder:
     """True in all but the first of several processes: nothing is written or shown."""
     tracker: Sink | None = None
     """Who gets the metrics beside metrics.jsonl."""
+    lock: Lock | None = None
+    """Keeps other processes from writing to the folder; None of a run that is only read."""
 
     @classmethod
     def create(
@@ -61,33 +64,23 @@ class RunFolder:
         """
         tracker = find_tracker(track)
         path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise InternalRLError(f"Run folder {path} is a file; choose another --run.")
-        in_use = path.is_dir() and any(not entry.name.startswith(PARTIAL) for entry in path.iterdir())
+        _require_free(path, resume, overwrite)
+        with write_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        lock = hold(path)
+        _require_free(path, resume, overwrite)  # another process may have begun and ended a run in the meantime
+        run = cls(path, seed, resumed=resume, lock=lock)
         if resume:
-            if not in_use:
-                raise InternalRLError(f"There is no run to resume in {path}; start it without --resume.")
             _require_same(path, {**config, "seed": seed})
-            run = cls(path, seed, resumed=True)
             run._make_folders()
             Lines(path).mend()
             for leftover in path.rglob(f"{PARTIAL}*"):
                 leftover.unlink()
-            return replace(run, tracker=tracker(path, config))
-        if in_use and not overwrite:
-            raise InternalRLError(
-                f"Run folder {path} is not empty; add --resume to continue it, --overwrite to replace it, "
-                "or choose another --run."
-            )
-        if in_use:
-            read_run(path)  # refuses to empty a folder that is no run
-            shutil.rmtree(path)
-        run = cls(path, seed)
-        with write_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-        # The config comes first: a folder that holds anything else, but no config, is taken for someone else's.
-        run.write_json("config.json", {"config": config, "seed": seed, **environment()})
-        run._make_folders()
+        else:
+            _empty(path)
+            # The config comes first: a folder that holds anything else, but no config, is taken for someone else's.
+            run.write_json("config.json", {"config": config, "seed": seed, **environment()})
+            run._make_folders()
         return replace(run, tracker=tracker(path, config))
 
     @classmethod
@@ -149,6 +142,32 @@ class RunFolder:
         """Write a JSON file (config.json, summary.json) into the folder, whole or not at all."""
         if not self.silent:
             write_atomic(self.path / name, (json.dumps(jsonable(content), indent=2) + "\n").encode())
+
+
+def _require_free(path: Path, resume: bool, overwrite: bool) -> None:
+    """InternalRLError unless a run may begin, or go on, in the folder."""
+    if path.exists() and not path.is_dir():
+        raise InternalRLError(f"Run folder {path} is a file; choose another --run.")
+    in_use = path.is_dir() and any(not entry.name.startswith((PARTIAL, LOCK_FILE)) for entry in path.iterdir())
+    if resume and not in_use:
+        raise InternalRLError(f"There is no run to resume in {path}; start it without --resume.")
+    if in_use and not (resume or overwrite):
+        raise InternalRLError(
+            f"Run folder {path} is not empty; add --resume to continue it, --overwrite to replace it, "
+            "or choose another --run."
+        )
+    if in_use and overwrite:
+        read_run(path)  # refuses to empty a folder that is no run
+
+
+def _empty(path: Path) -> None:
+    """Delete all that is in a folder, but for the lock that is held on it."""
+    for entry in path.iterdir():
+        with write_errors(entry):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK_FILE:
+                entry.unlink()
 
 
 def _require_same(path: Path, wanted: Mapping[str, Any]) -> None:

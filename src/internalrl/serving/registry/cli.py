@@ -147,8 +147,8 @@ def _table(registry: Registry, name: str | None) -> list[dict[str, Any]]:
         {
             "version": version.key,
             "share": live[version.name].get(version.key, 0.0),
-            "content": version.content_hash[:12],
-            "base": version.base_fingerprint[:12],
+            "content": version.content_hash,
+            "base": version.base_fingerprint,
             "added": datetime.fromtimestamp(version.added, UTC).isoformat(" ", "seconds"),
             "trained": ", ".join(version.provenance) or None,
             "metrics": dict(version.metrics),
