@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from internalrl.errors import InternalRLError, OptionError
+from internalrl.run.files import is_full
 from internalrl.tables import print_results, printing
 
 if TYPE_CHECKING:
@@ -150,18 +151,23 @@ def _main(argv: Sequence[str] | None) -> int:
         command = parse(argv)
         _print_summary(command, _run(command))
     except KeyboardInterrupt:
-        hint = ""
-        if command and (run := getattr(command.options, "run", None)) and not SUBCOMMANDS[command.name].reads:
-            words = ["internalrl", *command.name.split(), "--run", str(run), "--resume"]
-            hint = f" Continue with: {shlex.join(words)}"
-        print(f"\nInterrupted.{hint}", file=sys.stderr)
+        print(f"\nInterrupted.{_how_to_go_on(command)}", file=sys.stderr)
         return 130
     except (InternalRLError, ValueError) as error:
         if os.environ.get("INTERNALRL_TRACEBACK"):
             raise
-        print(f"internalrl: {' '.join(str(error).split())}", file=sys.stderr)
+        hint = _how_to_go_on(command) if is_full(error) else ""
+        print(f"internalrl: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
     return 0
+
+
+def _how_to_go_on(command: Command | None) -> str:
+    """The command that continues a run that has begun."""
+    run = getattr(command.options, "run", None) if command else None
+    if command is None or run is None or SUBCOMMANDS[command.name].reads or not (run / "config.json").exists():
+        return ""
+    return f" Continue with: {shlex.join(['internalrl', *command.name.split(), '--run', str(run), '--resume'])}"
 
 
 def parse(argv: Sequence[str]) -> Command:

@@ -85,12 +85,3 @@ def test_an_adapter_keeps_to_the_base_that_it_was_first_trained_on(tmp_path: Pat
     steered.save_pretrained(tmp_path / "first")
     SteeredModel.from_pretrained(tiny_base().bfloat16(), tmp_path / "first").save_pretrained(tmp_path / "second")
     assert SteeredModel.from_pretrained(tiny_base().half(), tmp_path / "second")
-
-
-def test_bases_made_in_inference_mode() -> None:
-    with torch.inference_mode():
-        base = language_model()
-        own = base_fingerprint(base)
-        assert own == base_fingerprint(language_model())
-        base.get_input_embeddings().weight[3, 5] += 1
-        assert not same_base(own, base_fingerprint(base))

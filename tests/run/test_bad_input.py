@@ -244,10 +244,11 @@ def test_a_full_disk(
         capsys.readouterr()
         if cli.main([*command, *NEW]) == 0:
             break
-        assert "the disk is full; free some space, then continue with --resume." in capsys.readouterr().err
+        began, told = Path("new/config.json").exists(), capsys.readouterr().err
+        assert "the disk is full; free some space." in told
+        assert ("Continue with: internalrl" in told) == began
         monkeypatch.setattr(os, "fsync", sync)
         assert not [file for file in Path("new").rglob("*") if file.name.startswith(".partial-")]
-        began = Path("new/config.json").exists()
         assert cli.main([*command, *NEW, *(["--resume"] if began else [])]) == 0
         finished = "pretrained" if command is PRETRAIN else "reinforced"
         assert all(Path("new", name).read_bytes() == Path(finished, name).read_bytes() for name in compared)

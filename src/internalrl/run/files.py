@@ -68,11 +68,18 @@ def write_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            why = "the disk is full; free some space, then continue with --resume"
+        if is_full(error):
+            why = "the disk is full; free some space"
         else:
             why = f"{error.strerror or error}; check the path and its permissions"
         raise InternalRLError(f"Cannot write {path}: {why}.") from error
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a full disk."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error is not None and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def jsonable(value: Any) -> Any:

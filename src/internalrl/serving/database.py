@@ -75,7 +75,8 @@ class Database:
             yield
         except SQLAlchemyError as error:
             reason = str(getattr(error, "orig", None) or error).strip().split("\n")[0].rstrip(".")
-            raise InternalRLError(f"Database {self.shown} failed: {reason}; check that it can be reached.") from error
+            advice = "free some space" if _is_full(error) else "check that it can be reached"
+            raise InternalRLError(f"Database {self.shown} failed: {reason}; {advice}.") from error
 
 
 def _parse(url: str) -> Any:
@@ -89,6 +90,12 @@ def _parse(url: str) -> Any:
     except ModuleNotFoundError as error:
         raise InternalRLError("PostgreSQL needs psycopg; pip install 'internalrl[postgres]'.") from error
     return address
+
+
+def _is_full(error: SQLAlchemyError) -> bool:
+    """Whether the database's disk is full: the codes of SQLite and of PostgreSQL."""
+    cause = getattr(error, "orig", None)
+    return getattr(cause, "sqlite_errorname", None) == "SQLITE_FULL" or getattr(cause, "sqlstate", None) == "53100"
 
 
 def _prepare(connection: Any, _: Any) -> None:

@@ -124,7 +124,7 @@ def main(config: ServeConfig) -> dict[str, Any]:
         raise InternalRLError("Serving needs more packages; pip install 'internalrl[serve]'.") from error
 
     listener = listen(config.host, config.port)
-    address = f"http://{config.host}:{listener.getsockname()[1]}"
+    address = url(config.host, listener.getsockname()[1])
     with ExitStack() as stack:
         stack.callback(listener.close)
         app = build(config, stack)
@@ -276,6 +276,11 @@ def listen(host: str, port: int) -> socket.socket:
             ) from error
         stack.pop_all()
     return listener
+
+
+def url(host: str, port: int) -> str:
+    """The address of a server; that of an IPv6 host has brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _is_loopback(host: str) -> bool:
