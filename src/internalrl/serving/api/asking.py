@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from internalrl.players.engine.requests import Codes, Request
-from internalrl.serving.api.openai_format import ChatRequest, CompletionRequest
+from internalrl.serving.api.openai_requests import ChatRequest, CompletionRequest
 
 
 def to_engine(
@@ -26,8 +26,8 @@ def to_engine(
         adapter=adapter,
         max_tokens=most,
         temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k or 0,
+        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-9),  # 0 is the likeliest token
+        top_k=max(body.top_k or 0, 0),
         stop=tuple(stop),
         seed=seed,
         logprobs=body.reported,

@@ -99,16 +99,26 @@ async def answer_http(_: Request, error: Exception) -> Response:
 async def answer_invalid(_: Request, error: Exception) -> Response:
     """FastAPI's handler of requests that do not fit their model: OpenAI answers them with 400."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return Problem(400, "The body is not valid JSON.").response()
-    path = list(first["loc"])[1:]  # behind "body", "path" or "query"
+    errors = [{**found, "loc": found["loc"][1:]} for found in error.errors()]  # behind "body", "path" or "query"
+    return unfit(errors).response()
+
+
+def unfit(errors: Sequence[Mapping[str, Any]]) -> Problem:
+    """What pydantic says of a request that does not fit its model, in one sentence."""
+    if errors[0]["type"] == "json_invalid":
+        return Problem(400, "The body is not valid JSON.")
+    # Of a union's types the one was meant that got furthest.
+    about = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    first = max(about, key=lambda error: len(error["loc"]))
+    path = list(first["loc"])
+    if named := first.get("ctx", {}).get("param"):
+        path.append(named)
     param = next((part for part in path if isinstance(part, str)), None)
     if param is None or not _OPTION.fullmatch(param):
-        return Problem(400, "The body does not fit; send a JSON object of this address's options.").response()
-    if first["type"] == "extra_forbidden":
-        return Problem(400, f"There is no option {_dotted(path)} here.", param=param, code="unknown_option").response()
-    return Problem(400, f"{_dotted(path)}: {_complaint(first)}.", param=param).response()
+        return Problem(400, "The body does not fit; send a JSON object of this address's options.")
+    if first["type"] == "none_required":  # see `openai_requests.Body`
+        return Problem(400, f"There is no option {_dotted(path)} here.", param=param, code="unknown_option")
+    return Problem(400, f"{_dotted(path)}: {_complaint(first)}.", param=param)
 
 
 async def answer_failure(_: Request, error: Exception) -> Response:

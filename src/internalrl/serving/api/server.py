@@ -24,21 +24,23 @@ from internalrl.errors import InternalRLError
 from internalrl.serving.api import problems
 from internalrl.serving.api.guard import Guard
 from internalrl.serving.api.metrics import CONTENT_TYPE
-from internalrl.serving.api.openai_format import (
-    REQUEST_ID,
+from internalrl.serving.api.openai_answers import (
     ChatAnswer,
-    ChatRequest,
-    CompletionRequest,
     ErrorAnswer,
     FeedbackAnswer,
-    FeedbackRequest,
     Health,
     Model,
     ModelList,
-    PromoteRequest,
     Routed,
-    SplitRequest,
     TextAnswer,
+)
+from internalrl.serving.api.openai_requests import (
+    REQUEST_ID,
+    ChatRequest,
+    CompletionRequest,
+    FeedbackRequest,
+    PromoteRequest,
+    SplitRequest,
 )
 from internalrl.serving.api.problems import Problem
 from internalrl.serving.api.security import Key, Scope

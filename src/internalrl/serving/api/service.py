@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TypeVar
 from uuid import uuid4
-
-from transformers import PreTrainedTokenizerBase
 
 from internalrl.errors import InternalRLError
 from internalrl.players.engine.engine import Busy, Engine
@@ -21,8 +18,9 @@ from internalrl.players.engine.stream import Stream
 from internalrl.serving.api.answers import Answer, Kind, Vocabulary
 from internalrl.serving.api.asking import to_engine
 from internalrl.serving.api.metrics import Metrics
-from internalrl.serving.api.openai_format import CHOICES, ChatRequest, CompletionRequest
+from internalrl.serving.api.openai_requests import CHOICES, ChatRequest, CompletionRequest
 from internalrl.serving.api.problems import Problem, busy, failed, rate_limited
+from internalrl.serving.api.prompts import Prompts
 from internalrl.serving.api.security import Key, Keys, Quotas
 from internalrl.serving.audit.audit import Audit
 from internalrl.serving.main import Bounds
@@ -62,7 +60,7 @@ class Service:
         self.metrics = Metrics(engine.stats, audit.counts if audit else dict, live, self.lost)
         self.started = int(time.time())
         self._vocabulary = Vocabulary(engine.tokenizer)
-        self._tokenizing = threading.Lock()  # a fast tokenizer is not made for several threads
+        self._prompts = Prompts(engine.tokenizer)
         self._tasks: set[asyncio.Task[None]] = set()
         self._databases = ThreadPoolExecutor(4, "database")  # one that hangs must not keep prompts from being read
         self._unwritten: dict[str, str] = {}
@@ -80,13 +78,13 @@ class Service:
     async def prompts(self, body: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
         """The token numbers of a request's prompts."""
         if isinstance(body, ChatRequest):
-            prompts = [await asyncio.to_thread(self._chat, body)]
+            prompts = [await asyncio.to_thread(self._prompts.chat, body)]
         elif isinstance(body.prompt, str):
-            prompts = [await asyncio.to_thread(self._encode, body.prompt)]
+            prompts = [await asyncio.to_thread(self._prompts.text, body.prompt)]
         else:
             given: list[Any] = [body.prompt] if isinstance(body.prompt[0], int) else list(body.prompt)
             prompts = [
-                await asyncio.to_thread(self._encode, entry) if isinstance(entry, str) else tuple(entry)
+                await asyncio.to_thread(self._prompts.text, entry) if isinstance(entry, str) else tuple(entry)
                 for entry in given
             ]
         if len(prompts) * (body.n or 1) > CHOICES:
@@ -95,23 +93,6 @@ class Service:
         if most is not None and max(map(len, prompts)) > most:
             raise Problem(400, f"A prompt has more than {most} tokens.", code="context_length_exceeded")
         return prompts
-
-    def _chat(self, body: ChatRequest) -> tuple[int, ...]:
-        tokenizer: PreTrainedTokenizerBase = self.engine.tokenizer
-        if not tokenizer.chat_template:
-            raise Problem(400, "The base has no chat template; use /v1/completions.", param="messages")
-        messages = [{"role": message.role, "content": message.text} for message in body.messages]
-        try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template may refuse whatever it likes, in whatever way
-            raise Problem(400, "The base's chat template does not take these messages.", param="messages") from error
-        return self._encode(str(text), special=False)  # the template wrote the special tokens
-
-    def _encode(self, text: str, special: bool = True) -> tuple[int, ...]:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise Problem(400, "A text holds half of a surrogate pair; send valid Unicode.")
-        with self._tokenizing:
-            return tuple(self.engine.tokenizer.encode(text, add_special_tokens=special))
 
     def close(self) -> None:
         """Take no more work for the database; what was given is done."""
@@ -155,7 +136,7 @@ class Service:
                 [stream.request.seed or 0 for stream in streams],
                 prompt_tokens,
                 body.reported,
-                body.trace,
+                bool(body.trace),
             )
             remembered = self._background(self._remember(id_, version)) if version else None
             async with aclosing(self._events(streams, ended, version or self.name, began, remembered)) as events:
