@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internalrl.base.caches import token_cache
+from internalrl.base.logits import logits_at
 from internalrl.controller.choosers import Propose, asking
 from internalrl.controller.metacontroller import MetacontrollerState
 from internalrl.controller.steering import Steering
@@ -122,7 +123,7 @@ def _token_inputs(self: SteeredModel, tokens: Tensor, decoding: Decoding) -> dic
         decoding.mask = None if (tokens >= 0).all() else tokens >= 0
     elif decoding.mask is not None:
         decoding.mask = F.pad(decoding.mask, (0, 1), value=True)
-    inputs: dict[str, Any] = {"input_ids": tokens.clamp(min=0), "logits_to_keep": 1}
+    inputs: dict[str, Any] = {"input_ids": tokens.clamp(min=0), **logits_at(self.base)}
     if decoding.mask is not None:
         positions = decoding.mask.cumsum(1)[:, -tokens.shape[1] :] - 1
         inputs |= {"attention_mask": decoding.mask.long(), "position_ids": positions.clamp(min=0)}

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import GenerationMode
 
+from internalrl.base.logits import logits_at
 from internalrl.base.residual import Steer
 from internalrl.controller.choosers import Choose, Drawn, Given, Propose, RowNoise, asking, row_seeds
 from internalrl.controller.steering import Share
@@ -90,13 +91,15 @@ def generate(
         )
         for share in shares
     ]
+    # In float32, unsteered text is the base's own to the last bit, which costs 0.01 s a row where prompts end.
+    last = {} if base.dtype == torch.float32 else logits_at(base)
     with self.open_taps(*(share.at_tap(steer) for share, steer in zip(shares, steerings, strict=True))):
         output = base.generate(
             input_ids=input_ids,
             attention_mask=mask.long(),
             generation_config=settings,
             **({} if tokenizer is None else {"tokenizer": tokenizer}),
-            **inputs,
+            **{**last, **inputs},
         )
     if not return_trace:
         return output

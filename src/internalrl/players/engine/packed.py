@@ -8,7 +8,6 @@ copy of what they have read.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from internalrl.base.logits import logits_at
 from internalrl.players.engine.trays import Row, Tray
 
 NAME = "internalrl_packed"
@@ -174,14 +174,13 @@ class PackedBase:
 
     def __init__(self, base: PreTrainedModel):
         self.base = base
-        self._early = "logits_to_keep" in inspect.signature(base.forward).parameters
         configs = [module.config for module in base.modules() if hasattr(module, "config")]
         self._configs: list[Any] = list({id(config): config for config in configs}.values())
 
     def __call__(self, read: Pass, wanted: Sequence[int]) -> Tensor:
         """The logits (len(wanted), V) that follow the last tokens of those of the pass's rows that are `wanted`."""
-        last = torch.tensor([read.columns[at].stop - 1 for at in wanted], dtype=torch.long, device=read.tokens.device)
-        early: dict[str, Any] = {"logits_to_keep": last} if self._early else {}
+        last = [read.columns[at].stop - 1 for at in wanted]
+        early: dict[str, Any] = logits_at(self.base, last)
         with self._attending():
             output = self.base(
                 input_ids=read.tokens, position_ids=read.positions, use_cache=False, packed=read, **early
@@ -189,7 +188,7 @@ class PackedBase:
         if read.layers != len(read.rows[0][0].tray.keys):
             raise ValueError("not all of its blocks take their attention from outside")
         logits: Tensor = output.logits[0]
-        return logits if self._early else logits[last]
+        return logits if early else logits[last]
 
     @contextmanager
     def _attending(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from internalrl.base.logits import logits_at
 from internalrl.players.engine.packed import Pass
 from internalrl.players.engine.trays import Row
 
@@ -53,15 +54,16 @@ class SeparateBase:
 
     def __init__(self, base: PreTrainedModel):
         self.base = base
-        self._takes = set(inspect.signature(base.forward).parameters)
+        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
 
     def __call__(self, read: Pass, wanted: Sequence[int]) -> Tensor:
         """The logits (len(wanted), V) that follow the last token, where that is `wanted`."""
         [(row, new)] = read.rows
         cache = Cache(layers=[_Layer(row, layer) for layer in range(len(row.tray.keys))])
         mask = read.tokens.new_ones(1, row.length + len(new))
-        options = {"position_ids": read.positions, "logits_to_keep": 1}
-        given = {name: value for name, value in options.items() if name in self._takes}
-        output = self.base(read.tokens, past_key_values=cache, use_cache=True, attention_mask=mask, **given)
+        inputs = logits_at(self.base)
+        if self._takes_positions:
+            inputs["position_ids"] = read.positions
+        output = self.base(read.tokens, past_key_values=cache, use_cache=True, attention_mask=mask, **inputs)
         logits: Tensor = output.logits[:, -1]
         return logits[: len(wanted)]
