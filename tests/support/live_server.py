@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from internalrl.serving.api.guard import Guard
-from internalrl.serving.main import AuditOptions, ServeConfig, build, listen, uvicorn_config
+from internalrl.serving.api.process import Process
+from internalrl.serving.main import AuditOptions, ServeConfig, build, listen
 from tests.support.served import save_adapter, save_base
 
 BASE = "tiny"
@@ -72,7 +71,7 @@ def serving(config: ServeConfig, folder: Path) -> Iterator[Served]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)  # so that slow readers are soon noticed
         stack.callback(listener.close)
         app = build(config, stack)
-        server = uvicorn.Server(uvicorn_config(app, config.bounds))
+        server = Process(app, config.bounds, config.drain_seconds)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         while not server.started:

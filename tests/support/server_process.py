@@ -89,5 +89,5 @@ def server(folder: Path, *options: str, state: str = "state") -> Iterator[Server
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
         process.wait(60)
-        said = [line for line in log.read_text(encoding="utf-8").splitlines()[1:] if line.strip(" .") != "Interrupted"]
+        said = log.read_text(encoding="utf-8").splitlines()[1:]
         sys.stderr.write("".join(f"server: {line}\n" for line in said if line))

@@ -21,7 +21,6 @@ from internalrl.errors import InternalRLError, OptionError
 from internalrl.settings.ranges import Checked, Count, Natural, Positive, Range
 
 if TYPE_CHECKING:
-    import uvicorn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from internalrl.serving.api.guard import Guard
@@ -100,6 +99,8 @@ class ServeConfig(Checked):
     """Where the base runs; by default on a GPU if there is one."""
     threads: Annotated[int | None, Range(1)] = None
     """CPU threads of the base; by default all cores."""
+    drain_seconds: Annotated[float, Range(0)] = 10.0
+    """Time that running answers have to end when the server is stopped; then they are cut off."""
     bounds: Bounds = field(default_factory=Bounds)
     """Most that one request may take."""
     audit: AuditOptions = field(default_factory=AuditOptions)
@@ -118,18 +119,14 @@ class ServeConfig(Checked):
 
 def main(config: ServeConfig) -> dict[str, Any]:
     """Serve until interrupted; the summary says how much was done."""
-    try:
-        import uvicorn
-    except ModuleNotFoundError as error:
-        raise InternalRLError("Serving needs more packages; pip install 'internalrl[serve]'.") from error
-
     listener = listen(config.host, config.port)
     address = url(config.host, listener.getsockname()[1])
     with ExitStack() as stack:
         stack.callback(listener.close)
         app = build(config, stack)
-        server = uvicorn.Server(uvicorn_config(app, config.bounds))
-        server.config.load()
+        from internalrl.serving.api.process import Process  # what it needs is known to be there
+
+        server = Process(app, config.bounds, config.drain_seconds)
         who = "whoever sends a key" if app.service.keys.needed else "this machine only, as there are no keys"
         print(f"Serving {app.service.name} at {address}/v1 for {who}; Ctrl-C stops it.", file=sys.stderr, flush=True)
         server.run([listener])
@@ -180,28 +177,6 @@ def build(config: ServeConfig, stack: ExitStack) -> Guard:
     live = Live(engine, registry, limits, config.called)
     service = Service(config.called, engine, live, registry, keys, audit, config.bounds)
     return application(service)
-
-
-def uvicorn_config(app: Guard, bounds: Bounds) -> uvicorn.Config:
-    """How uvicorn runs the application."""
-    import uvicorn
-
-    from internalrl.serving.api.guard import Connection
-
-    class Timed(Connection):
-        seconds = bounds.body_seconds
-
-    return uvicorn.Config(
-        app,
-        http=Timed,
-        ws="none",
-        lifespan="on",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=65,  # longer than clients keep a connection, or a request could meet its end
-        timeout_graceful_shutdown=10,
-    )
 
 
 def _load(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -83,6 +83,12 @@ def failed() -> Problem:
     return Problem(500, message, code="internal_error", headers={"Connection": "close"})  # uvicorn will close it
 
 
+def stopping() -> Problem:
+    """The server was told to stop, and does not wait any longer."""
+    headers = {"Connection": "close", "Retry-After": "5"}
+    return Problem(503, "The server is shutting down; try again later.", code="shutting_down", headers=headers)
+
+
 async def answer_problem(_: Request, error: Exception) -> Response:
     """FastAPI's handler of `Problem`."""
     assert isinstance(error, Problem)

@@ -102,7 +102,7 @@ async def _following(service: Service) -> AsyncIterator[None]:
     finally:
         for task in tasks:
             task.cancel()
-        service.close()
+        await service.close()
 
 
 def may(scope: Scope) -> Callable[[Request], Key]:

@@ -19,7 +19,7 @@ from internalrl.serving.api.answers import Answer, Kind, Vocabulary
 from internalrl.serving.api.asking import to_engine
 from internalrl.serving.api.metrics import Metrics
 from internalrl.serving.api.openai_requests import CHOICES, ChatRequest, CompletionRequest
-from internalrl.serving.api.problems import Problem, busy, failed, rate_limited
+from internalrl.serving.api.problems import Problem, busy, failed, rate_limited, stopping
 from internalrl.serving.api.prompts import Prompts
 from internalrl.serving.api.security import Key, Keys, Quotas
 from internalrl.serving.audit.audit import Audit
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+CLOSE = 2.0
+"""Most seconds that what answers have left behind is waited for when the server stops."""
 REMEMBER = 1.0
 """Most seconds that the end of an answer waits until feedback on it would be understood."""
 
@@ -61,6 +63,7 @@ class Service:
         self.started = int(time.time())
         self._vocabulary = Vocabulary(engine.tokenizer)
         self._prompts = Prompts(engine.tokenizer)
+        self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._databases = ThreadPoolExecutor(4, "database")  # one that hangs must not keep prompts from being read
         self._unwritten: dict[str, str] = {}
@@ -94,8 +97,15 @@ class Service:
             raise Problem(400, f"A prompt has more than {most} tokens.", code="context_length_exceeded")
         return prompts
 
-    def close(self) -> None:
-        """Take no more work for the database; what was given is done."""
+    async def stop(self) -> None:
+        """End running answers; they are told why, and there will be no more of them."""
+        self._stopping = True
+        await asyncio.to_thread(self.engine.close)
+
+    async def close(self) -> None:
+        """Finish what answers have left behind, and take no more work for the database."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE)
         self._databases.shutdown(wait=False)
 
     def check_model(self, model: str) -> None:
@@ -174,6 +184,8 @@ class Service:
         return self.live.routing.resolve(model, user).key
 
     def _submit(self, request: Request) -> Stream:
+        if self._stopping:
+            raise stopping()
         try:
             return self.engine.submit(request)
         except Busy as error:
@@ -203,7 +215,7 @@ class Service:
                     if event.reason == "error":
                         raise _problem(event.error)
                     if event.reason == "cancelled":
-                        raise Problem(503, "The server is shutting down.", code="shutting_down")
+                        raise stopping()
                     if remembered and len(ended) == len(streams):  # whoever has the answer may tell how it was
                         await asyncio.wait({remembered}, timeout=REMEMBER)
                 yield index, event
