@@ -17,6 +17,7 @@ PACKAGE = Path(internalrl.__file__).parent
 
 LAYERS = (
     {"errors", "tables"},
+    {"extras"},
     {"domains", "pages", "settings.ranges", "run.files", "run.streams"},
     {"settings.schema", "run.checkpoint", "run.processes"},
     {"run"},

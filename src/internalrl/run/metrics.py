@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any, Literal, Protocol
 
 from internalrl.errors import InternalRLError
+from internalrl.extras import extra
 from internalrl.run.files import jsonable, write_atomic, write_errors
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -149,10 +150,8 @@ def find_tracker(name: TrackerName | None) -> Callable[[Path, Mapping[str, Any]]
     if name is None:
         return lambda path, config: None
     module, kind = _TRACKERS[name]
-    try:
+    with extra(name):
         return partial(kind, importlib.import_module(module))
-    except ImportError as error:
-        raise InternalRLError(f"--track {name} needs more packages; pip install 'internalrl[{name}]'.") from error
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

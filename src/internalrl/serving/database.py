@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, MetaData, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-
 from internalrl.errors import InternalRLError
+from internalrl.extras import extra
 from internalrl.run.files import write_errors
+
+with extra("serve"):
+    from sqlalchemy import Connection, Engine, MetaData, create_engine, event, make_url, text
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 _PATIENCE = 30.0
 """Seconds that a writer of SQLite waits for another one."""
@@ -37,10 +39,8 @@ class Database:
         options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 5}}
         if not self.postgres:
             options = {"connect_args": {"timeout": _PATIENCE, "isolation_level": None}}
-        try:
+        with extra("postgres"):
             engine = create_engine(address, **options)
-        except ModuleNotFoundError as error:
-            raise InternalRLError("PostgreSQL needs psycopg; pip install 'internalrl[postgres]'.") from error
         self._reader: Engine = engine
         if self.postgres:
             self._reader = engine.execution_options(isolation_level="REPEATABLE READ")
@@ -84,11 +84,10 @@ def _parse(url: str) -> Any:
         address = make_url(url)
         if address.drivername in ("postgres", "postgresql"):
             address = address.set(drivername="postgresql+psycopg")
-        address.get_dialect()
+        with extra("postgres"):
+            address.get_dialect()
     except (ArgumentError, SQLAlchemyError) as error:
         raise InternalRLError("That is no database URL; give sqlite:///FILE or postgresql://USER@HOST/NAME.") from error
-    except ModuleNotFoundError as error:
-        raise InternalRLError("PostgreSQL needs psycopg; pip install 'internalrl[postgres]'.") from error
     return address
 
 

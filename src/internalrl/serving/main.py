@@ -136,13 +136,6 @@ def main(config: ServeConfig) -> dict[str, Any]:
 
 def build(config: ServeConfig, stack: ExitStack) -> Guard:
     """The application with all it needs, which `stack` closes."""
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import sqlalchemy  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise InternalRLError("Serving needs more packages; pip install 'internalrl[serve]'.") from error
-
     from internalrl.players.engine.engine import Engine, EngineConfig
     from internalrl.serving.api.security import Keys
     from internalrl.serving.api.server import application

@@ -10,24 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    ColumnElement,
-    Double,
-    Index,
-    Integer,
-    MetaData,
-    Table,
-    Text,
-    delete,
-    func,
-    select,
-)
-from sqlalchemy.dialects import postgresql
-
+from internalrl.extras import extra
 from internalrl.serving.database import Database
 from internalrl.settings.ranges import Checked, Range
+
+with extra("serve"):
+    from sqlalchemy import (
+        BigInteger,
+        Column,
+        ColumnElement,
+        Double,
+        Index,
+        Integer,
+        MetaData,
+        Table,
+        Text,
+        delete,
+        func,
+        select,
+    )
+    from sqlalchemy.dialects import postgresql
 
 _log = logging.getLogger(__name__)
 

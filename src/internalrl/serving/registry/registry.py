@@ -22,31 +22,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy import (
-    JSON,
-    Column,
-    ColumnElement,
-    Connection,
-    Double,
-    Integer,
-    MetaData,
-    Row,
-    String,
-    Table,
-    Text,
-    delete,
-    func,
-    insert,
-    or_,
-    select,
-    update,
-)
-
 from internalrl.base.fingerprint import HALF, same_base
 from internalrl.errors import InternalRLError
+from internalrl.extras import extra
 from internalrl.serving.database import Database
 from internalrl.serving.registry.adapter_files import AdapterFiles
 from internalrl.serving.registry.versions import NAME, Arm, Routing, Version, parse_key
+
+with extra("serve"):
+    from sqlalchemy import (
+        JSON,
+        Column,
+        ColumnElement,
+        Connection,
+        Double,
+        Integer,
+        MetaData,
+        Row,
+        String,
+        Table,
+        Text,
+        delete,
+        func,
+        insert,
+        or_,
+        select,
+        update,
+    )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
