@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "internalrl"
 EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "serve": ("fastapi", "h11", "prometheus_client", "pydantic", "sqlalchemy", "starlette", "uvicorn"),
+    "serve": ("fastapi", "h11", "prometheus_client", "pydantic", "pydantic_core", "sqlalchemy", "starlette", "uvicorn"),
     "postgres": ("psycopg",),
 }
 """Extras of the package, and the modules that it imports from each."""

@@ -134,7 +134,7 @@ def test_missing_tracker_is_told_before_a_run_is_replaced(
 ) -> None:
     two_stages(RunFolder.create(tmp_path, CONFIG, seed=0))
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InternalRLError, match=rf"--track {name} needs .* pip install 'internalrl\[{name}\]'"):
+    with pytest.raises(InternalRLError, match=rf"needs more packages .* pip install 'internalrl\[{name}\]'"):
         RunFolder.create(tmp_path, CONFIG, seed=0, overwrite=True, track=name)
     assert len(RunFolder.open(tmp_path).metrics()) == 6
 

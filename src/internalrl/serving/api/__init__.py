@@ -2,4 +2,6 @@
 
 from internalrl.extras import require
 
-require("serve", "fastapi", "h11", "prometheus_client", "pydantic", "sqlalchemy", "starlette", "uvicorn")
+require(
+    "serve", "fastapi", "h11", "prometheus_client", "pydantic", "pydantic_core", "sqlalchemy", "starlette", "uvicorn"
+)
