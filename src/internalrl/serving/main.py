@@ -41,6 +41,8 @@ class Bounds(Checked):
     """Time from there to the end of the answer, however slowly it is read."""
     requests: Count = 256
     """Requests that are open at a time."""
+    key_requests: Count = 128
+    """Requests of one key that are open at a time."""
     prompt_tokens: Annotated[int | None, Range(1)] = None
     """Tokens of a prompt; by default what the base's context leaves."""
     answer_tokens: Count = 1024

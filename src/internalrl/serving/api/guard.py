@@ -11,6 +11,7 @@ import asyncio
 import base64
 import binascii
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ class Guard:
         self.service = service
         self._app, self._bounds = app, service.bounds
         self._open = 0
+        self._open_of: Counter[str] = Counter()  # by key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,18 +46,26 @@ class Guard:
             await send(message)
 
         self._open += 1
+        scope.setdefault("state", {})["caller"] = None
         try:
             if (body := await self._admitted(scope, receive, observed)) is not None:
                 await self._serve(scope, body, receive, observed, lambda: status > 0)
         finally:
             self._open -= 1
+            if (caller := scope["state"]["caller"]) is not None:
+                self._open_of[caller.id] -= 1
+                if not self._open_of[caller.id]:
+                    del self._open_of[caller.id]
             self.service.metrics.observe(scope, status, time.monotonic() - began)
 
     async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:
         """The body of a request that may be served; None where the request was answered, or the client has left."""
         try:
             if scope["path"] != "/health":
-                scope.setdefault("state", {})["caller"] = self._caller(scope)
+                caller = scope["state"]["caller"] = self._caller(scope)
+                self._open_of[caller.id] += 1
+                if self._open_of[caller.id] > self._bounds.key_requests:
+                    raise busy()
             if self._open > self._bounds.requests:
                 raise busy()
             async with asyncio.timeout(self._bounds.body_seconds):

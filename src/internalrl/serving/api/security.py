@@ -147,21 +147,41 @@ class Quotas:
 
     def take(self, key: Key, what: Literal["requests", "tokens"], amount: int, now: float) -> float:
         """Take `amount` if that much is left; returns 0, or the seconds until it will be (infinity: never)."""
-        limit = key.requests_per_minute if what == "requests" else key.tokens_per_minute
-        if limit is None:
+        wait = self.wait(key, what, amount, now)
+        if not wait and (limit := self._limit(key, what)) is not None:
+            self._left[key.id, what] = self._at(key, what, limit, now) - amount, now
+        return wait
+
+    def wait(self, key: Key, what: Literal["requests", "tokens"], amount: int, now: float) -> float:
+        """Seconds until so much is left: 0 if it is, infinity if it never will be."""
+        if (limit := self._limit(key, what)) is None:
             return 0.0
-        left = self._at(key, what, limit, now)
         if amount > limit:
             return float("inf")
-        if amount > left:
-            return (amount - left) * 60 / limit
-        self._left[key.id, what] = left - amount, now
-        return 0.0
+        return max(0.0, (amount - self._at(key, what, limit, now)) * 60 / limit)
+
+    def reserve(self, key: Key, prompt: int, answer: int, now: float, firm: bool) -> tuple[int, float]:
+        """Take the tokens of a request; returns how many, and the seconds to wait if there are too few.
+
+        What is used in the end is charged by `give_back`, be it more or less.
+
+        Args:
+            answer: most tokens that the answer may have.
+            firm: whether they were asked for. If not, half of what is left will do: an answer hardly ever has as many
+                as it may, and its key can ask for another one meanwhile.
+        """
+        amount, limit = prompt + answer, self._limit(key, "tokens")
+        if limit is not None and not firm:
+            amount = min(amount, max(prompt + 1, int(self._at(key, "tokens", limit, now) / 2)))
+        return amount, self.take(key, "tokens", amount, now)
 
     def give_back(self, key: Key, amount: int, now: float) -> None:
-        """Return tokens that were taken and not used."""
-        if (limit := key.tokens_per_minute) is not None:
+        """Return tokens that were taken and not used; a negative number takes some that were used."""
+        if (limit := self._limit(key, "tokens")) is not None:
             self._left[key.id, "tokens"] = min(limit, self._at(key, "tokens", limit, now) + amount), now
+
+    def _limit(self, key: Key, what: str) -> int | None:
+        return key.requests_per_minute if what == "requests" else key.tokens_per_minute
 
     def _at(self, key: Key, what: str, limit: int, now: float) -> float:
         left, then = self._left.get((key.id, what), (float(limit), now))

@@ -166,7 +166,7 @@ def _models(service: Service) -> list[Model]:
 
 async def _generate(service: Service, body: ChatRequest | CompletionRequest, caller: Key) -> Response:
     service.check_model(body.model)
-    prompts = await service.prompts(body)
+    prompts = await service.prompts(body, caller)
     if body.stream:
         return _Streamed(service, body, prompts, caller)
     async with service.generating(body, prompts, caller) as (answer, events):

@@ -18,10 +18,10 @@ from internalrl.players.engine.stream import Stream
 from internalrl.serving.api.answers import Answer, Kind, Vocabulary
 from internalrl.serving.api.asking import to_engine
 from internalrl.serving.api.metrics import Metrics
-from internalrl.serving.api.openai_requests import CHOICES, ChatRequest, CompletionRequest
+from internalrl.serving.api.openai_requests import ChatRequest, CompletionRequest
 from internalrl.serving.api.problems import Problem, busy, failed, rate_limited, stopping
-from internalrl.serving.api.prompts import Prompts
 from internalrl.serving.api.security import Key, Keys, Quotas
+from internalrl.serving.api.tokenizing import Tokenizing
 from internalrl.serving.audit.audit import Audit
 from internalrl.serving.main import Bounds
 from internalrl.serving.registry.live import Live
@@ -62,7 +62,9 @@ class Service:
         self.metrics = Metrics(engine.stats, audit.counts if audit else dict, live, self.lost)
         self.started = int(time.time())
         self._vocabulary = Vocabulary(engine.tokenizer)
-        self._prompts = Prompts(engine.tokenizer)
+        room = None if engine.context is None else engine.context - 1
+        most = min((length for length in (self.bounds.prompt_tokens, room) if length is not None), default=None)
+        self._tokenizing = Tokenizing(engine.tokenizer, most)
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._databases = ThreadPoolExecutor(4, "database")  # one that hangs must not keep prompts from being read
@@ -78,23 +80,15 @@ class Service:
         audit = {"audit": self.audit.database_failure is not None} if self.audit else {}
         return {"registry": self.live.lost is not None, "keys": self.keys_lost, **audit}
 
-    async def prompts(self, body: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
-        """The token numbers of a request's prompts."""
-        if isinstance(body, ChatRequest):
-            prompts = [await asyncio.to_thread(self._prompts.chat, body)]
-        elif isinstance(body.prompt, str):
-            prompts = [await asyncio.to_thread(self._prompts.text, body.prompt)]
-        else:
-            given: list[Any] = [body.prompt] if isinstance(body.prompt[0], int) else list(body.prompt)
-            prompts = [
-                await asyncio.to_thread(self._prompts.text, entry) if isinstance(entry, str) else tuple(entry)
-                for entry in given
-            ]
-        if len(prompts) * (body.n or 1) > CHOICES:
-            raise Problem(400, f"This asks for more than {CHOICES} answers; send several requests.", param="n")
-        most = self.bounds.prompt_tokens
-        if most is not None and max(map(len, prompts)) > most:
-            raise Problem(400, f"A prompt has more than {most} tokens.", code="context_length_exceeded")
+    async def prompts(self, body: ChatRequest | CompletionRequest, caller: Key) -> list[tuple[int, ...]]:
+        """The token numbers of a request's prompts. What can be refused without reading them is."""
+        self._most(body)
+        if wait := self.quotas.wait(caller, "tokens", self._tokenizing.fewest(body), time.monotonic()):
+            raise rate_limited("tokens", wait)
+        prompts = await self._tokenizing.prompts(body)
+        if self._tokenizing.too_long(max(map(len, prompts))):
+            self.quotas.give_back(caller, -sum(map(len, prompts)), time.monotonic())  # they were read
+            raise self._tokenizing.refusal()
         return prompts
 
     async def stop(self) -> None:
@@ -106,6 +100,7 @@ class Service:
         """Finish what answers have left behind, and take no more work for the database."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE)
+        self._tokenizing.close()
         self._databases.shutdown(wait=False)
 
     def check_model(self, model: str) -> None:
@@ -123,8 +118,9 @@ class Service:
         most = self._most(body)
         prompt_tokens = sum(map(len, prompts))
         count = body.n or 1
-        reserved = prompt_tokens + most * len(prompts) * count
-        if wait := self.quotas.take(caller, "tokens", reserved, time.monotonic()):
+        firm = _asked(body) is not None
+        reserved, wait = self.quotas.reserve(caller, prompt_tokens, most * len(prompts) * count, time.monotonic(), firm)
+        if wait:
             raise rate_limited("tokens", wait)
         streams: list[Stream] = []
         ended: set[int] = set()
@@ -164,10 +160,8 @@ class Service:
 
     def _most(self, body: ChatRequest | CompletionRequest) -> int:
         """Tokens that an answer may have."""
-        asked = body.max_tokens
-        if isinstance(body, ChatRequest):
-            asked = body.max_completion_tokens or asked or self.bounds.answer_tokens
-        asked = asked or 16  # OpenAI's default where a text is completed
+        # Where nothing is asked for, a text is completed by as many as OpenAI's default says.
+        asked = _asked(body) or (self.bounds.answer_tokens if isinstance(body, ChatRequest) else 16)
         if asked > self.bounds.answer_tokens:
             raise Problem(
                 400, f"An answer may have {self.bounds.answer_tokens} tokens; ask for fewer.", param="max_tokens"
@@ -250,6 +244,11 @@ class Service:
         self._tasks.add(task)  # the loop itself keeps no reference
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _asked(body: ChatRequest | CompletionRequest) -> int | None:
+    """Tokens that a request asks for."""
+    return (body.max_completion_tokens if isinstance(body, ChatRequest) else None) or body.max_tokens
 
 
 def _problem(error: str | None) -> Problem:
