@@ -14,6 +14,7 @@ from internalrl.base.fingerprint import base_fingerprint
 from internalrl.base.loading import load_base
 from internalrl.controller.steered import SteeredModel
 from internalrl.errors import InternalRLError
+from tests.support.forgetting import make_forgetful
 from tests.support.language import from_config, language_model, prompts, randomise, steer, steered_language_model
 from tests.support.tiny import N_Z, SIZES, close, tiny_base, widen
 
@@ -109,6 +110,13 @@ def test_blocks_of_unusual_manners(kind: str, sizes: dict[str, int]) -> None:
     if kind == "openai-gpt":  # it has no cache either
         with pytest.raises(InternalRLError, match="without a cache"):
             steered.generate(TOKENS, max_new_tokens=3)
+
+
+def test_a_base_that_loses_the_past_while_it_generates_is_refused() -> None:
+    base = language_model()
+    make_forgetful(base, "dropped")
+    with pytest.raises(InternalRLError, match="generates as if it had not read all that came before"):
+        SteeredModel.from_base(base, SIZES)
 
 
 # ---------------------------------------------------------------------------------- with a PEFT adapter inside

@@ -78,8 +78,8 @@ def test_cache_continues_where_it_stopped(encoder: str, relative_buckets: int) -
     expected = base(observations)
     cache, found, begin = None, [], 0
     for length in (3, 1, 1, 20, *[1] * 20):
-        part = base(observations[:, begin : begin + length], past_key_values=cache, use_cache=True)
-        cache, begin = part.past_key_values, begin + length
+        part = base(observations[:, begin : begin + length], cache=cache, use_cache=True)
+        cache, begin = part.cache, begin + length
         found.append(part)
         assert cache.length == begin
     assert begin == 45
@@ -89,19 +89,19 @@ def test_cache_continues_where_it_stopped(encoder: str, relative_buckets: int) -
 
 def test_cache_follows_its_rows(base: TrajectoryModel) -> None:
     observations = walks(4, 6)
-    cache = base(observations[:, :5], use_cache=True).past_key_values
+    cache = base(observations[:, :5], use_cache=True).cache
     rows = torch.tensor([3, 1])
     cache.select(rows)
-    found = base(observations[rows, 5:], past_key_values=cache, use_cache=True)
+    found = base(observations[rows, 5:], cache=cache, use_cache=True)
     close(found.logits[:, -1], base(observations).logits[rows, -1])
 
 
 def test_rewound_cache_forgets_a_pass_that_was_stopped(base: TrajectoryModel) -> None:
     observations, other = walks(4, 6), walks(4, 6, seed=1)
-    cache = base(observations[:, :5], use_cache=True).past_key_values
-    ResidualTap(base).read(base, observations=other[:, 5:], past_key_values=cache, use_cache=True)
-    cache.rewind(5)
-    found = base(observations[:, 5:], past_key_values=cache, use_cache=True)
+    cache = base(observations[:, :5], use_cache=True).cache
+    ResidualTap(base).read(base, observations=other[:, 5:], cache=cache, use_cache=True)
+    cache.rewind()
+    found = base(observations[:, 5:], cache=cache, use_cache=True)
     close(found.logits[:, -1], base(observations).logits[:, -1])
 
 

@@ -51,8 +51,8 @@ def test_zero_controller_is_the_base_to_the_bit(steered: SteeredModel, observati
     assert torch.equal(steered(steered.residual(observations), code), base)
     cache, decoded = None, []
     for t in range(STEPS):
-        output = steered.base(observations[:, t : t + 1], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = steered.base(observations[:, t : t + 1], cache=cache, use_cache=True)
+        cache = output.cache
         decoded.append(output.logits)
     assert torch.equal(decode(steered, observations, code)[0].logits, torch.cat(decoded, 1))
 

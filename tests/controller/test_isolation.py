@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -153,6 +155,28 @@ def test_discovery_is_the_same_under_gradient_checkpointing(observations: Tensor
         discovery(steered, observations)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in steered.metacontroller.parameters()]))
     close(*gradients)
+
+
+def test_every_forward_pass_comes_by_the_tap(observations: Tensor) -> None:
+    """One that misses it is noticed, although others have come by."""
+    base = tiny_base("one-hot")
+    tap, untapped = ResidualTap(base), copy.deepcopy(base.backbone.layers[0])
+    with tap.steering(lambda e: e + 1):
+        assert torch.equal(base(observations).logits, base(observations).logits)
+        base.backbone.layers[0] = untapped
+        with pytest.raises(InternalRLError, match="never reached the tap after block 1"):
+            base(observations)
+
+
+def test_no_forward_pass_comes_by_the_tap_twice(observations: Tensor) -> None:
+    """A block that is used again would be steered again."""
+    base = tiny_base("one-hot")
+    tap, (lower, upper) = ResidualTap(base), base.backbone.layers
+    once = upper.forward
+    upper.forward = lambda hidden, **inputs: once(lower(hidden, **inputs), **inputs)
+    with pytest.raises(InternalRLError, match="Block 1 runs several times"), tap.steering(lambda e: e + 1):
+        base(observations)
+    assert hooks(tap) == 0
 
 
 def test_base_compiled_beforehand_is_refused(observations: Tensor) -> None:

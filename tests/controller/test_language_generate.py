@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
+from internalrl.base.caches import cache_input
 from internalrl.controller.policy import PolicyActor
 from internalrl.controller.steered import SteeredModel
 from internalrl.controller.trace import Trace, before_end
@@ -155,9 +157,9 @@ def test_any_cache_gives_the_same_text(steered: SteeredModel, cache: Any) -> Non
     padded = pad_left([prompts(1, length, seed=length)[0] for length in (3, 7, 5)])
     options: dict[str, Any] = {"cache_implementation": cache}
     if cache is StaticCache:
-        options = {"past_key_values": StaticCache(config=steered.base.config, max_cache_len=40)}
+        options = cache_input(steered.base, StaticCache(config=steered.base.config, max_cache_len=40))
     if cache is DynamicCache:
-        options = {"past_key_values": DynamicCache(config=steered.base.config)}
+        options = cache_input(steered.base, DynamicCache(config=steered.base.config))
     plain, expected = run(steered, padded["input_ids"], attention_mask=padded["attention_mask"])
     found, trace = run(steered, padded["input_ids"], attention_mask=padded["attention_mask"], **options)
     assert torch.equal(found, plain)
@@ -209,15 +211,15 @@ def test_assistants_and_used_caches_are_refused(steered: SteeredModel) -> None:
     with pytest.raises(InternalRLError, match="assisted generation"):
         run(steered, assistant_model=steered.base)
     cache = DynamicCache(config=steered.base.config)
-    steered.base(input_ids=prompts(ROWS, PROMPT), past_key_values=cache)
-    with pytest.raises(InternalRLError, match="a cache that is not empty"):
-        run(steered, past_key_values=cache)
-    with pytest.raises(InternalRLError, match="forward was given a cache"):
-        steered(input_ids=prompts(ROWS, 1), past_key_values=cache)
-    recurrent = steered_language_model("mamba2")
-    cache = recurrent.base(input_ids=prompts(ROWS, PROMPT), use_cache=True).cache_params
-    with pytest.raises(InternalRLError, match="a cache that is not empty"):
-        run(recurrent, cache_params=cache)
+    steered.base(input_ids=prompts(ROWS, PROMPT), **cache_input(steered.base, cache))
+    recurrent = steered_language_model("mamba2").base(input_ids=prompts(ROWS, PROMPT), use_cache=True)
+    silent = SimpleNamespace()  # as a cache that cannot tell what it holds
+    for name in ("cache", "past_key_values", "cache_params"):
+        for used in (cache, recurrent["cache_params"], silent):
+            with pytest.raises(InternalRLError, match="a cache that is not empty"):
+                run(steered, **{name: used})
+            with pytest.raises(InternalRLError, match="forward was given a cache"):
+                steered(input_ids=prompts(ROWS, 1), **{name: used})
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

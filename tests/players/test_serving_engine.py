@@ -27,6 +27,7 @@ from internalrl.players.engine.requests import Request, SegmentRecord
 from internalrl.strategies.library import Library, Strategy
 from internalrl.strategies.limits import Limits, LimitsConfig
 from tests.support.answers import Answer, prompt, read, same, wait_until
+from tests.support.forgetting import LOSSES, make_forgetful
 from tests.support.language import adapter_sizes, language_model, randomise, steer
 from tests.support.served import byte_tokenizer, save_adapter, served_base
 
@@ -432,6 +433,20 @@ def test_the_engine_survives_a_failing_step(base: PreTrainedModel, models: dict[
         assert read(running).end.reason == "error"
         handle.remove()
         same(read(engine.submit(good)), expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_base_that_loses_the_past_answers_nothing(loss: str) -> None:
+    """Neither the request whose prompt is read nor those that are running go on as if nothing had been read."""
+    base, question = language_model("falcon"), (3, 7, 5, 9)  # one that fills a cache itself
+    with engine_of(base, {}, slots=2) as engine:
+        running = engine.submit(Request(question, max_tokens=2000, temperature=0))
+        next(iter(running))
+        make_forgetful(base, loss)
+        answers = [read(running), read(engine.submit(Request(question, max_tokens=4)))]
+    for answer in answers:
+        assert answer.end.reason == "error"
+        assert "decodes without its past" in str(answer.end.error)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from internalrl.base.residual import ResidualTap
 from internalrl.base.trajectory import TrajectoryConfig, load_trajectory_model
@@ -22,8 +29,9 @@ def load_base(base: Base) -> PreTrainedModel:
     Of a PEFT model it is the model inside, which the PEFT adapters stay part of.
 
     Raises InternalRLError when there is no whole model, or one that cannot be steered: an encoder or encoder-decoder,
-    one that torch.compile has wrapped, one with several residual streams, a PEFT model whose adapter is a learned
-    prompt. A language model is run on a few tokens to find out, and left in evaluation mode.
+    one that torch.compile has wrapped, one with several residual streams, one that loses its past while it generates,
+    a PEFT model whose adapter is a learned prompt. A language model is run on a few tokens to find out, and left in
+    evaluation mode.
     """
     model: Any = _read(base) if isinstance(base, str | Path) else base
     if hasattr(model, "get_base_model"):  # of PEFT, which need not be installed
@@ -43,6 +51,7 @@ def load_base(base: Base) -> PreTrainedModel:
         )
     if model.main_input_name == "input_ids":
         _require_single_stream(model.eval())
+        _require_past(model)
     return model
 
 
@@ -73,6 +82,25 @@ def _require_single_stream(model: PreTrainedModel) -> None:
         raise InternalRLError(
             f"The upper blocks of {type(model).__name__} read more than what the lower ones hand on: a metacontroller "
             "needs a decoder with a single residual stream."
+        )
+
+
+@torch.no_grad()
+def _require_past(model: Any) -> None:
+    """InternalRLError unless a language model generates from all that it has read, whatever it keeps that in."""
+    if not model.can_generate():
+        return
+    prompt = torch.tensor([[1, 0, 0, 1, 0]], device=model.device)
+    settings = GenerationConfig(
+        max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0, return_dict_in_generate=True,
+        output_logits=True,
+    )  # fmt: skip
+    written = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+    whole = model(input_ids=written.sequences, use_cache=False).logits[:, prompt.shape[1] - 1 : -1]
+    if not (torch.stack(written.logits, 1) - whole).abs().max() <= 0.05 * whole.std():
+        raise InternalRLError(
+            f"{type(model).__name__} generates as if it had not read all that came before; give another base, or use "
+            "another release of transformers."
         )
 
 

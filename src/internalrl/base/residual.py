@@ -41,12 +41,12 @@ class ResidualTap:
 
     Raises:
         InternalRLError: no block list was found, or `layer` is out of range; later, when the model turns out to
-            have several residual streams, or when a forward pass runs past the tap, as one does that
-            torch.compile compiled before the tap was opened.
+            have several residual streams, or when a forward pass does not come by the tap exactly once: never when
+            torch.compile compiled the model before the tap was opened, several times when blocks are used again.
     """
 
     def __init__(self, model: PreTrainedModel, layer: int | str = "middle"):
-        self.blocks = find_blocks(model)
+        self.model, self.blocks = model, find_blocks(model)
         depth = len(self.blocks)
         chosen = depth // 2 if layer == "middle" else layer
         if not isinstance(chosen, int) or not 1 <= chosen <= depth - 1:
@@ -59,11 +59,20 @@ class ResidualTap:
     @contextmanager
     def steering(self, steer: Steer) -> Iterator[None]:
         """While open, every forward pass continues from `steer(e)` in place of e (B, T, n_e)."""
-        reached = False
+        reached, visits = False, 0
+
+        def begin(*_: Any) -> None:
+            nonlocal visits
+            visits = 0
 
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            nonlocal reached
-            reached = True
+            nonlocal reached, visits
+            reached, visits = True, visits + 1
+            if visits > 1:
+                raise InternalRLError(
+                    f"Block {self.layer} runs several times in one forward pass, so that it would be steered several "
+                    "times; give a decoder that runs every block once."
+                )
             several = isinstance(output, tuple | list)
             residual = output[0] if several else output
             if residual.ndim > 3:
@@ -73,16 +82,28 @@ class ResidualTap:
                 )
             return (steer(residual), *output[1:]) if several else steer(residual)
 
-        handle = self.blocks[self.layer - 1].register_forward_hook(hook)
+        def end(*_: Any) -> None:
+            if not visits:
+                raise InternalRLError(self._missed())
+
+        handles = [
+            self.model.register_forward_pre_hook(begin),
+            self.blocks[self.layer - 1].register_forward_hook(hook),
+            self.model.register_forward_hook(end),
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         if not reached:
-            raise InternalRLError(
-                f"The forward pass never reached the tap after block {self.layer}: it ran another model, or "
-                "one that torch.compile compiled without the tap; call the tapped model itself, uncompiled."
-            )
+            raise InternalRLError(self._missed())
+
+    def _missed(self) -> str:
+        return (
+            f"The forward pass never reached the tap after block {self.layer}: it ran another model, or one that "
+            "torch.compile compiled without the tap; call the tapped model itself, uncompiled."
+        )
 
     def read(self, model: nn.Module, **inputs: Any) -> Tensor:
         """The residual stream (B, T, n_e) of `model(**inputs)` at the tap; later blocks are not computed."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, Cache, PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from internalrl.base.caches import PreallocatedLayer
+from internalrl.base.caches import PreallocatedLayer, cache_input, require_filled
 from internalrl.base.encoders import ENCODERS, EncoderState
 from internalrl.domains.grid.layouts import GridConfig
 from internalrl.errors import InternalRLError
@@ -92,7 +92,7 @@ class TrajectoryOutput(ModelOutput):
 
     logits: Tensor | None = None
     next_observation_logits: Tensor | None = None
-    past_key_values: TrajectoryCache | None = None
+    cache: TrajectoryCache | None = None  # `past_key_values` is a name of transformers' own since 5.24
 
 
 class TrajectoryModel(PreTrainedModel):
@@ -124,7 +124,7 @@ class TrajectoryModel(PreTrainedModel):
     def forward(
         self,
         observations: Tensor | None = None,
-        past_key_values: TrajectoryCache | None = None,
+        cache: TrajectoryCache | None = None,
         use_cache: bool = False,
         segments: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -134,28 +134,40 @@ class TrajectoryModel(PreTrainedModel):
         Args:
             observations: (B, T, observation_size); after padding on the right the padded steps are ignored by
                 the causal mask and must be dropped from the loss.
-            past_key_values: what a former call returned; the T steps continue it.
+            cache: from a former call or `empty_cache`; the T steps continue it, and are added to it.
             use_cache: return a cache to continue from.
             segments: (B, past + T) segment number of every step so far. Steps then see nothing before their
                 own segment (used by consolidation); None lets them see the whole past.
-            inputs_embeds: (B, T, n_e) in place of observations, as in every Hugging Face model.
+            inputs_embeds: (B, T, n_e) in place of observations, as in every Hugging Face model. Observations cannot
+                follow them in the cache.
+
+        Raises:
+            InternalRLError: the cache is not as a whole pass left it, lacks what the encoder must remember, has other
+                rows, or the backbone does not fill it; `segments` do not number every step.
         """
-        past = past_key_values.length if past_key_values is not None else 0
-        state = past_key_values.encoder if past_key_values is not None else None
+        if cache is None and use_cache:
+            cache = self.empty_cache()
+        past = 0 if cache is None else cache.whole_steps()
+        _require_segments(segments, observations if inputs_embeds is None else inputs_embeds, past)
+        state = None
         if inputs_embeds is None:
+            state = None if cache is None else cache.encoder_state()
             inputs_embeds, state = self.encoder(observations, state, _segment_starts(segments, past))
-        cache = past_key_values
-        if use_cache and cache is None:
-            cache = TrajectoryCache(self.config.num_hidden_layers)
+        length = inputs_embeds.shape[1]
         hidden = self.backbone(
             inputs_embeds=inputs_embeds,
-            past_key_values=cache,
-            use_cache=use_cache,
-            **self._positions(inputs_embeds.shape[1], past, segments, inputs_embeds),
+            use_cache=cache is not None,
+            **({} if cache is None else cache_input(self.backbone, cache)),
+            **self._positions(length, past, segments, inputs_embeds),
         ).last_hidden_state
         if cache is not None:
-            cache.encoder = state
+            require_filled(cache, past + length, self.backbone)
+            cache.length, cache.encoder = past + length, state
         return TrajectoryOutput(self.action_head(hidden), self.observation_head(hidden), cache)
+
+    def empty_cache(self) -> TrajectoryCache:
+        """A cache to begin with; `forward` fills it."""
+        return TrajectoryCache(self.config.num_hidden_layers)
 
     def _positions(self, length: int, past: int, segments: Tensor | None, like: Tensor) -> dict[str, Tensor]:
         if not self.config.relative_buckets:
@@ -179,6 +191,18 @@ class TrajectoryModel(PreTrainedModel):
         }
 
 
+def _require_segments(segments: Tensor | None, steps: Tensor | None, past: int) -> None:
+    """InternalRLError unless `segments` number `past` steps and those in `steps` (B, T, …)."""
+    if segments is None or steps is None:
+        return
+    expected = (len(steps), past + steps.shape[1])
+    if segments.shape != expected:
+        raise InternalRLError(
+            f"segments have the shape {tuple(segments.shape)}, expected {expected}: give the number of every step's "
+            "segment, those in the cache included."
+        )
+
+
 def _segment_starts(segments: Tensor | None, past: int) -> Tensor | None:
     """(B, T) bool: the steps after `past` that begin a segment."""
     if segments is None:
@@ -197,31 +221,49 @@ def relative_bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor
 
 
 class TrajectoryCache(Cache):
-    """Keys, values and encoder state of a batch of trajectories; `select` drops finished rows."""
+    """Keys, values and encoder state of a batch of trajectories; `select` drops finished rows.
+
+    Attributes:
+        length: steps of the forward passes that came to their end.
+        encoder: what the encoder remembers of them; None before the first.
+    """
 
     layers: list[Any]  # PreallocatedLayer
 
     def __init__(self, layers: int):
         super().__init__(layers=[PreallocatedLayer() for _ in range(layers)])
+        self.length = 0
         self.encoder: EncoderState | None = None
 
-    @property
-    def length(self) -> int:
-        return self.get_seq_length()
+    def whole_steps(self) -> int:
+        """`length`, or InternalRLError while a pass that was stopped half-way has left steps in some blocks."""
+        held = {layer.get_seq_length() for layer in self.layers}
+        if held != {self.length}:
+            raise InternalRLError(
+                f"The cache holds {self.length} whole steps, but some block holds {max(held)}: a forward pass was "
+                "stopped half-way; call rewind before the next one."
+            )
+        return self.length
 
-    def rewind(self, length: int) -> None:
-        """Forget what a forward pass that was stopped half-way has left in the blocks it reached.
+    def encoder_state(self) -> EncoderState | None:
+        """`encoder`, or InternalRLError when there are steps of which the encoder knows nothing."""
+        if self.length and self.encoder is None:
+            raise InternalRLError(
+                f"The cache holds {self.length} steps, but not what the encoder must remember of them, as after steps "
+                "that were given as embeddings; begin with an empty cache, or go on with embeddings."
+            )
+        return self.encoder
 
-        Args:
-            length: steps to keep. The encoder's state belongs to the last whole pass, so it is right already.
-        """
+    def rewind(self) -> None:
+        """Forget what a forward pass that was stopped half-way has left in the blocks it reached."""
         for layer in self.layers:
-            layer.rewind(length)
+            layer.rewind(self.length)
 
     def drop(self, length: int) -> None:
         """Forget the first `length` steps: no later step may look back to them, whose segments are over."""
         for layer in self.layers:
             layer.drop(length)
+        self.length -= length
 
     def select(self, rows: Tensor) -> None:
         """Keep only `rows` (an index tensor) of the batch."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internalrl.base.caches import token_cache
+from internalrl.base.caches import cache_input, require_filled, token_cache
 from internalrl.base.logits import logits_at
+from internalrl.base.trajectory import TrajectoryModel
 from internalrl.controller.choosers import Propose, asking
 from internalrl.controller.metacontroller import MetacontrollerState
 from internalrl.controller.steering import Steering
@@ -37,7 +38,7 @@ class Decoding:
     see; None means that rows see their whole past.
     """
 
-    cache: Any  # a TrajectoryCache or a TokenCache; None before the first step
+    cache: Any  # a TrajectoryCache or a TokenCache
     state: MetacontrollerState
     segments: Tensor | None
     switched: Tensor | None = None  # with `segments`, the rows whose switch fired in the last step
@@ -56,7 +57,7 @@ class Decoding:
 
     def drop_unseen(self) -> None:
         """Free the steps that no row's next one can see: a forgetful batch remembers its longest segment, no more."""
-        if self.segments is None or self.switched is None or self.cache is None:
+        if self.segments is None or self.switched is None:
             return
         seen = ((self.segments == self.segments[:, -1:]) & ~self.switched[:, None])[:, :-1].any(0)
         first = int(seen.byte().argmax()) if seen.any() else len(seen)  # the newest stays, to count from
@@ -65,8 +66,7 @@ class Decoding:
 
     def select(self, rows: Tensor) -> None:
         """Keep only `rows` (index tensor)."""
-        if self.cache is not None:
-            self.cache.select(rows)
+        self.cache.select(rows)
         self.state = self.state.select(rows)
         if self.segments is not None:
             self.segments = self.segments[rows]
@@ -78,9 +78,15 @@ class Decoding:
 
 def start(self: SteeredModel, batch: int, forget: bool = False) -> Decoding:
     """A fresh decoding of `batch` sequences; with `forget`, which language models cannot, a segment sees nothing from
-    before it."""
+    before it.
+
+    Raises:
+        InternalRLError: the base is a language model whose cache cannot drop rows.
+    """
+    base = self.base
+    cache = base.empty_cache() if isinstance(base, TrajectoryModel) else token_cache(base)
     state = self.metacontroller.start(batch)
-    return Decoding(None, state, torch.zeros(batch, 0, dtype=torch.long) if forget else None)
+    return Decoding(cache, state, torch.zeros(batch, 0, dtype=torch.long) if forget else None)
 
 
 @torch.no_grad()
@@ -96,8 +102,11 @@ def step(
         decoding: from `start`; advanced in place.
         propose: asked for a code at every switch.
         silent: (B,) bool, rows in which nothing is decided: they read the token as if it were a prompt's.
+
+    Raises:
+        InternalRLError: the base did not add exactly these steps to its cache.
     """
-    before = decoding.state
+    before, cache = decoding.state, decoding.cache
     if self.base.main_input_name == "input_ids":
         inputs, prompt = _token_inputs(self, observations, decoding), observations.shape[1] - 1
     else:
@@ -105,9 +114,11 @@ def step(
         inputs, prompt = {"observations": observations[:, None], "segments": decoding.segments}, 0
     mask = None if decoding.mask is None else decoding.mask[:, -prompt - 1 :]
     steering = Steering(self.metacontroller, asking(propose), before, prompt, mask, decoding.switched, silent)
+    length = cache.get_seq_length() + prompt + 1
     with self.open_taps((self.tap, steering)):
-        output = self.base(past_key_values=decoding.cache, use_cache=True, **inputs)
-    decoding.cache, decoding.state = output.past_key_values, steering.state
+        output = self.base(use_cache=True, **cache_input(self.base, cache), **inputs)
+    require_filled(cache, length, self.base)
+    decoding.state = steering.state
     result = Step(output.logits[:, -1], steering.switch[0], steering.logit[0], steering.code[0])
     if decoding.segments is not None:
         decoding.switched = result.switch & before.started
@@ -117,9 +128,8 @@ def step(
 
 
 def _token_inputs(self: SteeredModel, tokens: Tensor, decoding: Decoding) -> dict[str, Any]:
-    """What a language model's forward pass needs besides the cache, which is made for the prompts."""
-    if decoding.cache is None:
-        decoding.cache = token_cache(self.base)
+    """What a language model's forward pass needs besides the cache."""
+    if not decoding.cache.get_seq_length():
         decoding.mask = None if (tokens >= 0).all() else tokens >= 0
     elif decoding.mask is not None:
         decoding.mask = F.pad(decoding.mask, (0, 1), value=True)
@@ -134,19 +144,18 @@ def _token_inputs(self: SteeredModel, tokens: Tensor, decoding: Decoding) -> dic
 def peek(self: SteeredModel, observations: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
     """What `step` on the same arguments will see: β (B,) bool and the normalised residual (B, n_e).
 
-    `decoding` is left as it was, and the upper blocks are not computed.
+    `decoding` is left as it was, and the upper blocks are not computed. Raises InternalRLError as `step` does.
     """
     cache = decoding.cache
-    length = 0 if cache is None else cache.length
     residual = self.tap.read(
         self.base,
         observations=observations[:, None],
-        past_key_values=cache,
         use_cache=True,
         segments=decoding.continued_segments(),
+        **cache_input(self.base, cache),
     )
-    if cache is not None:
-        cache.rewind(length)
+    require_filled(cache, cache.length + 1, self.base, self.tap.layer)
+    cache.rewind()
     x = self.metacontroller.read(residual[:, -1])
     switch, _, _ = self.metacontroller.advance(x, decoding.state)
     return (switch if decoding.switched is None else switch & ~decoding.switched), x

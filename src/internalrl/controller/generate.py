@@ -154,13 +154,21 @@ def _refuse_options(settings: GenerationConfig, inputs: dict[str, Any]) -> None:
             )
 
 
+def given_cache(inputs: dict[str, Any]) -> Any:
+    """The cache in `inputs`, by whichever of its names in transformers; None where there is none."""
+    names = ("cache", "past_key_values", "cache_params")
+    return next((inputs[name] for name in names if inputs.get(name) is not None), None)
+
+
 def _holds_tokens(inputs: dict[str, Any]) -> bool:
     """Whether there is a cache in `inputs`, and something in it."""
-    cache: Any = inputs.get("past_key_values", inputs.get("cache_params"))
+    cache: Any = given_cache(inputs)
     try:
         return cache is not None and bool(cache.get_seq_length() > 0)
     except ValueError:  # it has no attention layer
         return bool(cache.has_previous_state())
+    except AttributeError:  # it cannot tell
+        return True
 
 
 def _prompts(

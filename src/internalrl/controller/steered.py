@@ -222,6 +222,8 @@ class SteeredModel(nn.Module):
             raise InternalRLError(f"forward was given no {self.base.main_input_name}; pass the inputs by their names.")
         if residual is not None and adapter_names is not None:
             raise InternalRLError("A residual belongs to the active adapter's tap; with adapter_names, give tokens.")
+        if residual is not None and generation.given_cache(inputs) is not None:
+            raise InternalRLError("From a residual the lower blocks are not computed, so that no cache can be filled.")
         shares = self.shares(len(entry), adapter_names)
         if code is not None:
             steers: list[Steer] = [share.given(code, where) for share in shares]

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from internalrl.base.caches import cache_input, require_filled
 from internalrl.errors import InternalRLError
 from internalrl.players.engine.packed import PackedBase, Pass
 from internalrl.players.engine.separate import SeparateBase
@@ -54,7 +55,8 @@ def _shape(base: PreTrainedModel, context: int | None) -> Shape:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise InternalRLError(f"a block keeps its past in a {type(layer).__name__}")
     try:
-        base(torch.zeros(1, 2, dtype=torch.long, device=base.device), past_key_values=cache, use_cache=True)
+        base(torch.zeros(1, 2, dtype=torch.long, device=base.device), use_cache=True, **cache_input(base, cache))
+        require_filled(cache, 2, base)
     except Exception as error:
         raise InternalRLError(f"it does not work with a cache of keys and values alone ({error})") from error
     blocks: list[Any] = cache.layers
