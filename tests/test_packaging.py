@@ -184,7 +184,7 @@ def test_commands_without_an_optional_package(wheel: Path, tmp_path: Path) -> No
 
 ADAPTERS: Mapping[str, list[str]] = {
     "list": [], "add": ["a", "b"], "promote": ["a@1"], "rollback": ["a"], "split": ["a", "1=1"], "remove": ["a@1"],
-    "compare": ["a"],
+    "compare": ["a"], "move": ["--database", "postgresql://x/y"],
 }  # fmt: skip
 KEYS: Mapping[str, list[str]] = {"create": ["a"], "list": [], "revoke": ["a"]}
 

@@ -97,7 +97,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "adapters": Subcommand(
         "internalrl.serving.registry.cli:main",
         "internalrl.serving.registry.cli:AdaptersConfig",
-        "versions of adapters: list, add, promote, rollback, remove, split",
+        "versions of adapters: list, add, promote, rollback, split, remove, compare, move",
         tool=True,
     ),
     "strategies": Subcommand(

@@ -120,6 +120,7 @@ def test_a_small_key_can_chat_until_its_tokens_are_used_up(served: Served) -> No
     with client(served, tokens_per_minute=300) as small:
         for seed in range(3):
             small.chat.completions.create(model="code", messages=HELLO, seed=seed, stop=["a", "e", " ", "t"])
+
         def chat_on() -> None:
             for _ in range(30):
                 small.chat.completions.create(model="code", messages=HELLO)

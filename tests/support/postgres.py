@@ -51,6 +51,19 @@ class Server:
         engine.dispose()
         return f"postgresql://tester@/{name}?host={self.folder}"
 
+    def guarded(self, password: str) -> str:
+        """URL of a new database, without the password that it asks for."""
+        name, url = f"guarded{next(_numbers)}", self.database()
+        engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+        with engine.begin() as connection:
+            connection.execute(text(f"CREATE ROLE {name} LOGIN PASSWORD '{password}'"))
+            connection.execute(text(f"GRANT ALL ON SCHEMA public TO {name}"))
+        engine.dispose()
+        rules = self.folder / "data" / "pg_hba.conf"
+        rules.write_text(f"local all {name} scram-sha-256\n{rules.read_text()}")
+        self._run("pg_ctl", "reload")
+        return url.replace("tester@", f"{name}@")
+
     def _run(self, program: str, *options: str) -> None:
         assert PROGRAMS is not None
         user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}  # it refuses to run as root

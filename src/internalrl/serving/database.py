@@ -1,7 +1,13 @@
-"""A database through SQLAlchemy: SQLite in a file, or PostgreSQL by URL; one sentence for what fails."""
+"""A database through SQLAlchemy: SQLite in a file, or PostgreSQL by URL; one sentence for what fails.
+
+The password of PostgreSQL need not stand in the URL, where every user of the machine can read it among the processes:
+it can be in a file that the environment variable INTERNALRL_DATABASE_PASSWORD_FILE names, or where psycopg looks for it
+by itself, in PGPASSWORD and ~/.pgpass.
+"""
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -11,11 +17,14 @@ from typing import Any
 
 from internalrl.errors import InternalRLError
 from internalrl.extras import extra
-from internalrl.run.files import write_errors
+from internalrl.run.files import read_file, write_errors
 
 with extra("serve"):
-    from sqlalchemy import Connection, Engine, MetaData, create_engine, event, make_url, text
+    from sqlalchemy import Connection, Engine, MetaData, create_engine, event, inspect, make_url, text
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+PASSWORD_FILE = "INTERNALRL_DATABASE_PASSWORD_FILE"
+"""Environment variable that names a file whose first line is the password."""
 
 _PATIENCE = 30.0
 """Seconds that a writer of SQLite waits for another one."""
@@ -52,6 +61,7 @@ class Database:
             if self.postgres:  # two processes that create a table at once would meet an error
                 connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('internalrl schema'))"))
             schema.create_all(connection)
+            _add_columns(connection, schema)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -79,6 +89,18 @@ class Database:
             raise InternalRLError(f"Database {self.shown} failed: {reason}; {advice}.") from error
 
 
+def _add_columns(connection: Connection, schema: MetaData) -> None:
+    """Add the columns that a table of an earlier version lacks; they hold nothing yet."""
+    found = inspect(connection)
+    for table in schema.sorted_tables:
+        present = {column["name"] for column in found.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in present:
+                kind = column.type.compile(connection.dialect)
+                name = connection.dialect.identifier_preparer.quote(column.name)
+                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {name} {kind}")
+
+
 def _parse(url: str) -> Any:
     try:
         address = make_url(url)
@@ -86,9 +108,23 @@ def _parse(url: str) -> Any:
             address = address.set(drivername="postgresql+psycopg")
         with extra("postgres"):
             address.get_dialect()
+        if address.get_backend_name() == "postgresql" and address.password is None:
+            address = address.set(password=_password())
     except (ArgumentError, SQLAlchemyError) as error:
         raise InternalRLError("That is no database URL; give sqlite:///FILE or postgresql://USER@HOST/NAME.") from error
     return address
+
+
+def _password() -> str | None:
+    """The password in the file that the environment names."""
+    file = os.environ.get(PASSWORD_FILE)
+    if not file:
+        return None
+    try:
+        return read_file(file, 4096).decode().partition("\n")[0].strip("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise InternalRLError(f"{file}, which {PASSWORD_FILE} names, cannot be read ({why}).") from error
 
 
 def _is_full(error: SQLAlchemyError) -> bool:

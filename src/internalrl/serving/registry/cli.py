@@ -97,6 +97,14 @@ class Compare(Where):
     """Name of the adapter."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Move(Where):
+    """Copy what an SQLite registry knows, and keys and feedback, into the empty --database; no server may run."""
+
+    audit: Path | None = None
+    """Folder of an audit that is copied as well."""
+
+
 AdaptersConfig = (
     Annotated[List, subcommand("list")]
     | Annotated[Add, subcommand("add")]
@@ -105,15 +113,19 @@ AdaptersConfig = (
     | Annotated[Split, subcommand("split")]
     | Annotated[Remove, subcommand("remove")]
     | Annotated[Compare, subcommand("compare")]
+    | Annotated[Move, subcommand("move")]
 )
 
 
-def main(config: List | Add | Promote | Rollback | Split | Remove | Compare) -> dict[str, Any]:
+def main(config: List | Add | Promote | Rollback | Split | Remove | Compare | Move) -> dict[str, Any]:
     """Do what the action says; returns what is live then, or what was asked for."""
     from internalrl.serving.registry.registry import Registry
 
-    if not isinstance(config, Add) and config.database is None and not (config.registry / "registry.db").exists():
+    in_files = config.database is None or isinstance(config, Move)
+    if in_files and not isinstance(config, Add) and not (config.registry / "registry.db").exists():
         raise InternalRLError(f"There is no registry in {config.registry}; `internalrl adapters add` makes one.")
+    if isinstance(config, Move):
+        return {"copied": _moved(config)}
     registry = Registry(config.registry, config.database)
     try:
         match config:
@@ -136,6 +148,16 @@ def main(config: List | Add | Promote | Rollback | Split | Remove | Compare) -> 
                 return _comparison(registry, config.name)
     finally:
         registry.close()
+
+
+def _moved(config: Move) -> dict[str, int]:
+    from internalrl.serving.moving import move
+
+    if config.database is None:
+        raise InternalRLError("Say where to with --database postgresql://USER@HOST/NAME.")
+    if config.audit is not None and not (config.audit / "audit.db").exists():
+        raise InternalRLError(f"There is no audit in {config.audit}; give the folder of one as --audit.")
+    return move(config.registry, config.audit, config.database)
 
 
 def _table(registry: Registry, name: str | None) -> list[dict[str, Any]]:
