@@ -71,7 +71,7 @@ def generate(
     if not base.can_generate():
         raise InternalRLError(f"{type(base).__name__} does not generate tokens; give a causal language model.")
     asked = options.pop("num_return_sequences", None)  # transformers refuses greedy ones, which differ in their codes
-    settings, inputs = _settings(base, generation_config, options)
+    settings, inputs = settings_of(base, generation_config, options)
     _refuse_options(settings, inputs)
     input_ids, mask = _prompts(base, input_ids, attention_mask, settings)
     batch, copies = len(input_ids), asked or settings.num_return_sequences or 1
@@ -124,7 +124,7 @@ def deciding(shares: Sequence[Share], batch: int, inputs: dict[str, Any]) -> lis
     return [share.deciding(chooser(share, None, None, 1.0, seeds), batch, mask=mask) for share in shares]
 
 
-def _settings(
+def settings_of(
     base: PreTrainedModel, generation_config: GenerationConfig | None, options: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
     """The options in force, by the order of precedence of transformers, and those that are none of its settings."""

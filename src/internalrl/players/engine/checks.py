@@ -22,13 +22,16 @@ def check_request(request: Request, vocabulary: int, context: int | None) -> Non
             f"The prompt is {len(request.prompt)} tokens long, but prompt and answer together may have {context}; "
             "shorten it."
         )
+    temperature = 1.0 if request.temperature is None else request.temperature
+    top_p = 1.0 if request.top_p is None else request.top_p
+    top_k = request.top_k or 0
     seed = 0 if request.seed is None else request.seed
     logprobs = 0 if request.logprobs is None else request.logprobs
     for what, value, allowed, right in (
         ("max_tokens", request.max_tokens, "1 or more", request.max_tokens >= 1),
-        ("temperature", request.temperature, "a number of 0 or more", _at_least_0(request.temperature)),
-        ("top_p", request.top_p, "a number above 0, at most 1", 0 < request.top_p <= 1),
-        ("top_k", request.top_k, "0 or more", request.top_k >= 0),
+        ("temperature", temperature, "a number of 0 or more", _at_least_0(temperature)),
+        ("top_p", top_p, "a number above 0, at most 1", 0 < top_p <= 1),
+        ("top_k", top_k, "0 or more", top_k >= 0),
         ("seed", seed, "an integer of 64 bits", -(2**63) <= seed < 2**63),
         ("logprobs", logprobs, "0 or more", logprobs >= 0),
         ("code_temperature", request.code_temperature, "a number of 0 or more", _at_least_0(request.code_temperature)),

@@ -30,6 +30,7 @@ from internalrl.players.engine.group import Group
 from internalrl.players.engine.memory import SHARE, free_bytes
 from internalrl.players.engine.pace import Pace
 from internalrl.players.engine.requests import Finished, Request, SegmentRecord
+from internalrl.players.engine.rules import Rules
 from internalrl.players.engine.running import Running
 from internalrl.players.engine.sampling import Chance
 from internalrl.players.engine.sequence import Sequence
@@ -105,7 +106,8 @@ class Engine:
             before the request's Finished event is delivered. It must be quick.
 
     Raises:
-        InternalRLError: rows of this base's cache cannot come and go: sliding windows, recurrent states.
+        InternalRLError: rows of this base's cache cannot come and go (sliding windows, recurrent states), or its
+            generation_config asks for what the engine does not do.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Engine:
         self._way, self._shape = check_base(base, self.context)
         memory = SHARE * free_bytes(base.device) if self.config.memory is None else self.config.memory * 2**30
         self._memory = int(memory / self._shape.bytes)  # in tokens
+        self._rules = Rules(base)
         base_fingerprint(base)  # it is remembered, and adapters are quick to load
         self._on_segment = on_segment
         self._adapters: dict[str, _Served] = {}
@@ -185,6 +188,7 @@ class Engine:
             InternalRLError: it asks for what cannot be served, told in one sentence.
             Busy: all slots are taken and the queue is full.
         """
+        request = self._rules.complete(request)
         check_request(request, self._vocabulary, self.context)
         if request.seed is None:
             request = replace(request, seed=secrets.randbits(62))
@@ -198,14 +202,16 @@ class Engine:
             if request.steering != "off":
                 group, limits = _group(served, request, code_seed), served.limits
         room = request.max_tokens if self.context is None else self.context - len(request.prompt)
+        most = min(request.max_tokens, room)
         sequence = Sequence(
             Stream(request),
-            min(request.max_tokens, room),
+            most,
             self._ends,
             self.tokenizer,
             group,
             limits,
             Chance(token_seed),
+            self._rules.rule(request.prompt, most),
             self._segment_ended,
         )
         if self._size(sequence) > self._memory:

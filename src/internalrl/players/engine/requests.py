@@ -18,7 +18,8 @@ class Request:
         prompt: token numbers, at least one.
         adapter: key of an adapter of the engine; None is the bare base.
         max_tokens: most tokens to generate.
-        temperature: of the tokens; 0 is greedy. top_p, top_k: nucleus and the most likely tokens; 1 and 0 are all.
+        temperature: of the tokens; 0 is greedy. top_p, top_k: nucleus and the most likely tokens; 1 and 0 are all. None
+            is what the base's generation_config samples with, else 1, 1 and 0.
         stop: texts at which generation ends; they are not part of the answer.
         seed: of tokens and codes; None draws one. The answer depends on nothing else.
         logprobs: how many of the most likely tokens to report with each token; None reports no log-probabilities.
@@ -31,9 +32,9 @@ class Request:
     prompt: tuple[int, ...]
     adapter: str | None = None
     max_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int | None = None

@@ -138,7 +138,7 @@ class Running:
             row = _row(sequence)
             _guarded(sequence, self._trays.make_room, row, row.length + 1)
         self.drop_finished()
-        return [_Piece(sequence, _row(sequence), [sequence.last]) for sequence in self.sequences]
+        return [_Piece(sequence, _row(sequence), [sequence.numbers[-1]]) for sequence in self.sequences]
 
     def _parts(self, sequences: Collection[Sequence], most: int) -> list[_Piece]:
         """The next tokens of prompts, `most` of them all together."""
@@ -171,7 +171,7 @@ class Running:
             ]
             with open_taps(self._way.base, *parts):
                 logits = self._way(read, answered)
-            drawn = self._sampler_of(sequences)(logits) if sequences else None
+            drawn = self._sampler_of(sequences)(logits, _ruled(sequences, logits)) if sequences else None
         except BaseException:
             for some, _ in groups:
                 some.group.undo()
@@ -222,6 +222,18 @@ class Running:
 def _row(sequence: Sequence) -> Row:
     assert sequence.row is not None
     return sequence.row
+
+
+def _ruled(sequences: list[Sequence], logits: Tensor) -> Tensor | None:
+    """`logits` (B, V) by the sequences' rules; None where there are none."""
+    if all(sequence.rule is None for sequence in sequences):
+        return None
+    rows = []
+    for sequence, row in zip(sequences, logits.float().split(1), strict=True):
+        assert sequence.rule is not None  # all are of one base
+        tokens = torch.tensor([[*sequence.request.prompt, *sequence.numbers]], device=row.device)
+        rows.append(sequence.rule(tokens, row))
+    return torch.cat(rows)
 
 
 def _numbers(columns: list[slice], device: torch.device) -> Tensor:

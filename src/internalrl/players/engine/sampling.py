@@ -60,28 +60,33 @@ class Sampler:
     """
 
     def __init__(self, requests: Sequence[Request], chances: Sequence[Chance], device: torch.device):
-        warm = [row for row, request in enumerate(requests) if request.temperature >= COLDEST]
-        temperatures = [request.temperature if request.temperature >= COLDEST else 1.0 for request in requests]
+        wanted = [1.0 if request.temperature is None else request.temperature for request in requests]
+        warm = [row for row, temperature in enumerate(wanted) if temperature >= COLDEST]
+        temperatures = [temperature if temperature >= COLDEST else 1.0 for temperature in wanted]
         self.rows, self.device = len(requests), device
         self.chances = {row: chances[row] for row in warm}
-        self.greedy = torch.tensor([request.temperature < COLDEST for request in requests], device=device)
+        self.greedy = torch.tensor([temperature < COLDEST for temperature in wanted], device=device)
         self.temperature = None
         if any(temperature != 1 for temperature in temperatures):
             self.temperature = torch.tensor(temperatures, device=device)[:, None]
-        self.cut = [row for row in warm if requests[row].top_p < 1 or requests[row].top_k > 0]
-        self.top_p = torch.tensor([requests[row].top_p for row in self.cut], dtype=torch.double, device=device)
-        self.top_k = torch.tensor([requests[row].top_k for row in self.cut], device=device)
+        top_p = [1.0 if request.top_p is None else request.top_p for request in requests]
+        top_k = [request.top_k or 0 for request in requests]
+        self.cut = [row for row in warm if top_p[row] < 1 or top_k[row] > 0]
+        self.top_p = torch.tensor([top_p[row] for row in self.cut], dtype=torch.double, device=device)
+        self.top_k = torch.tensor([top_k[row] for row in self.cut], device=device)
         self.told = {row: request.logprobs for row, request in enumerate(requests) if request.logprobs}
 
-    def __call__(self, logits: Tensor) -> Drawn:
-        """Draw from `logits` (B, V). A row that holds anything but finite numbers gets a logprob that is none."""
-        logits = logits.float()
-        shifted = logits - logits.amax(-1, keepdim=True)
-        weights = shifted.exp()
+    def __call__(self, logits: Tensor, ruled: Tensor | None = None) -> Drawn:
+        """Draw from `logits` (B, V), or from what rules made of them, `ruled`; log-probabilities are of the former.
+
+        A row that holds anything but finite numbers gets a logprob that is none.
+        """
+        shifted, weights = _shifted(logits.float())
         log_total = weights.sum(-1).log()
-        numbers = logits.argmax(-1)
+        chosen, likely = (shifted, weights) if ruled is None else _shifted(ruled)
+        numbers = chosen.argmax(-1)
         if self.chances:
-            numbers = torch.where(self.greedy, numbers, self._race(self._weights(shifted, weights)))
+            numbers = torch.where(self.greedy, numbers, self._race(self._weights(chosen, likely)))
         logprobs = shifted.gather(1, numbers[:, None]).squeeze(1) - log_total
         drawn = Drawn(numbers.tolist(), logprobs.tolist(), self._tops(shifted, log_total))
         for chance in self.chances.values():
@@ -120,6 +125,12 @@ class Sampler:
             values, numbers = shifted[row].topk(min(count, shifted.shape[1]))
             tops[row] = tuple(zip(numbers.tolist(), (values - log_total[row]).tolist(), strict=True))
         return tops
+
+
+def _shifted(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits whose maximum is 0, and their exponentials."""
+    shifted = logits - logits.amax(-1, keepdim=True)
+    return shifted, shifted.exp()
 
 
 def nucleus(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

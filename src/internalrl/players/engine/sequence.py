@@ -14,6 +14,7 @@ from internalrl.errors import InternalRLError
 from internalrl.players.engine.group import Group, Opening
 from internalrl.players.engine.memory import is_shortage
 from internalrl.players.engine.requests import FAILED, NO_MEMORY, Event, Finished, Request, SegmentRecord, Token
+from internalrl.players.engine.rules import Rule
 from internalrl.players.engine.sampling import Chance
 from internalrl.players.engine.stream import Stream
 from internalrl.players.engine.text import Detokenizer, Stops
@@ -42,11 +43,12 @@ class Sequence:
         ends: end-of-sequence tokens.
         group: of one row, which steers it; None for the bare base.
         chance: of its tokens.
+        rule: changes the logits; None leaves them as they are.
         on_segment: told of every segment that has ended.
 
     Attributes:
         row: what the base has read of it, while it has a slot.
-        last: the newest token, which the base has not read.
+        numbers: of the tokens that it was given; the base has not read the last.
         events: not yet delivered.
         finished: whether it has ended.
     """
@@ -60,14 +62,14 @@ class Sequence:
         group: Group | None,
         limits: Limits | None,
         chance: Chance,
+        rule: Rule | None,
         on_segment: Callable[[Request, SegmentRecord], None],
     ):
         self.stream, self.request = stream, stream.request
         self.most, self.ends, self.group, self.limits = most, ends, group, limits
-        self.chance, self.on_segment = chance, on_segment
+        self.chance, self.rule, self.on_segment = chance, rule, on_segment
         self.row: Row | None = None
-        self.last = -1
-        self.count = 0
+        self.numbers: list[int] = []
         self.finished = False
         self.events: list[Event] = []
         self.pieces: list[str] = []
@@ -75,6 +77,11 @@ class Sequence:
         self._open: _Open | None = None
         self._detokenizer = Detokenizer(tokenizer, self.request.prompt)
         self._stops = Stops(self.request.stop)
+
+    @property
+    def count(self) -> int:
+        """Tokens that it was given."""
+        return len(self.numbers)
 
     @property
     def tokens(self) -> int:
@@ -95,8 +102,7 @@ class Sequence:
         """The next token; the sequence may end with it."""
         if not math.isfinite(logprob):
             raise InternalRLError("The base's output is not finite; codes that are smaller may help.")
-        self.last = number
-        self.count += 1
+        self.numbers.append(number)
         if self._open is not None:
             self._open.log_probability += logprob
         piece = self._detokenizer.add(number)

@@ -25,9 +25,9 @@ def to_engine(
         prompt=prompt,
         adapter=adapter,
         max_tokens=most,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else max(body.top_p, 1e-9),  # 0 is the likeliest token
-        top_k=max(body.top_k or 0, 0),
+        temperature=body.temperature,
+        top_p=None if body.top_p is None else max(body.top_p, 1e-9),  # 0 is the likeliest token
+        top_k=None if body.top_k is None else max(body.top_k, 0),
         stop=tuple(stop),
         seed=seed,
         logprobs=body.reported,

@@ -78,9 +78,13 @@ class Generate(Body):
     n: Annotated[int, Field(ge=1, le=CHOICES)] | None = Field(default=1, description="Answers to make.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(default=1.0, description="0 is greedy.")
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(default=0, description="0 and -1 are all tokens.")
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        default=None, description="0 is greedy. By default, as for top_p and top_k, what the base samples with, or 1."
+    )
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+        default=None, description="0 and -1 are all tokens."
+    )
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = Field(
         default=None, description="Texts that end the answer, and are no part of it."
     )
