@@ -9,13 +9,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 CHOICES = 16
 """Most sequences that one request may ask for."""
 CODE_NUMBERS = 1 << 14
 """Most numbers in the codes of a request."""
+ARMS = 64
+"""Most versions that traffic may be split among."""
 REQUEST_ID = "^[A-Za-z0-9-]{1,128}$"
 """What the id of an answer looks like."""
 
@@ -59,6 +69,13 @@ Code = Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_lengt
 Weight = Annotated[float, Field(gt=0, le=1e6)]
 
 
+def _few(weights: Any) -> Any:
+    """Pydantic would complain of each of many."""
+    if isinstance(weights, dict) and len(weights) > ARMS:
+        raise complaint(f"there may be {ARMS} of them")
+    return weights
+
+
 class Body(BaseModel):
     """An object of a request; names that it does not know may only be null."""
 
@@ -85,7 +102,7 @@ class Generate(Body):
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
         default=None, description="0 and -1 are all tokens."
     )
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = Field(
+    stop: Text | Annotated[list[Text], Field(max_length=4, fail_fast=True)] | None = Field(
         default=None, description="Texts that end the answer, and are no part of it."
     )
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
@@ -300,5 +317,7 @@ class SplitRequest(Body):
     """POST /v1/admin/adapters/{name}/split"""
 
     weights: Annotated[
-        dict[Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")], Weight], Field(min_length=1, max_length=64)
+        dict[Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")], Weight],
+        Field(min_length=1, max_length=ARMS),
+        BeforeValidator(_few),
     ] = Field(description='Version number -> weight, in any unit: {"3": 90, "4": 10}.')

@@ -103,16 +103,16 @@ async def answer_http(_: Request, error: Exception) -> Response:
 
 
 async def answer_invalid(_: Request, error: Exception) -> Response:
-    """FastAPI's handler of requests that do not fit their model: OpenAI answers them with 400."""
+    """FastAPI's handler of addresses that do not fit: OpenAI answers them with 400."""
     assert isinstance(error, RequestValidationError)
-    errors = [{**found, "loc": found["loc"][1:]} for found in error.errors()]  # behind "body", "path" or "query"
+    errors = [{**found, "loc": found["loc"][1:]} for found in error.errors()]  # behind "path" or "query"
     return unfit(errors).response()
 
 
 def unfit(errors: Sequence[Mapping[str, Any]]) -> Problem:
     """What pydantic says of a request that does not fit its model, in one sentence."""
     if errors[0]["type"] == "json_invalid":
-        return Problem(400, "The body is not valid JSON.")
+        return Problem(400, "The body is not valid JSON, or nested too deeply.")
     # Of a union's types the one was meant that got furthest.
     about = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
     first = max(about, key=lambda error: len(error["loc"]))

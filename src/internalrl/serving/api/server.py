@@ -43,6 +43,7 @@ from internalrl.serving.api.openai_requests import (
     SplitRequest,
 )
 from internalrl.serving.api.problems import Problem
+from internalrl.serving.api.reading import described, reading, schemas
 from internalrl.serving.api.security import Key, Scope
 from internalrl.serving.api.service import Service
 from internalrl.serving.audit import page as audit_page
@@ -118,6 +119,11 @@ def may(scope: Scope) -> Callable[[Request], Key]:
 
 
 Generator = Annotated[Key, Depends(may("generate"))]
+Chat = Annotated[ChatRequest, Depends(reading(ChatRequest))]
+Completion = Annotated[CompletionRequest, Depends(reading(CompletionRequest))]
+Feedback = Annotated[FeedbackRequest, Depends(reading(FeedbackRequest))]
+Promotion = Annotated[PromoteRequest, Depends(reading(PromoteRequest))]
+Split = Annotated[SplitRequest, Depends(reading(SplitRequest))]
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
@@ -133,16 +139,26 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         known = {entry.id: entry for entry in _models(service)}
         return known.get(model) or Model(id=model, created=service.started, parent=service.name)
 
-    @app.post("/v1/chat/completions", response_model=ChatAnswer, responses={200: streamed})
-    async def chat(body: ChatRequest, caller: Generator) -> Response:
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatAnswer,
+        responses={200: streamed},
+        openapi_extra=described(ChatRequest),
+    )
+    async def chat(caller: Generator, body: Chat) -> Response:
         return await _generate(service, body, caller)
 
-    @app.post("/v1/completions", response_model=TextAnswer, responses={200: streamed})
-    async def completions(body: CompletionRequest, caller: Generator) -> Response:
+    @app.post(
+        "/v1/completions",
+        response_model=TextAnswer,
+        responses={200: streamed},
+        openapi_extra=described(CompletionRequest),
+    )
+    async def completions(caller: Generator, body: Completion) -> Response:
         return await _generate(service, body, caller)
 
-    @app.post("/v1/feedback", response_model=FeedbackAnswer)
-    async def feedback(body: FeedbackRequest, caller: Annotated[Key, Depends(may("feedback"))]) -> FeedbackAnswer:
+    @app.post("/v1/feedback", response_model=FeedbackAnswer, openapi_extra=described(FeedbackRequest))
+    async def feedback(caller: Annotated[Key, Depends(may("feedback"))], body: Feedback) -> FeedbackAnswer:
         if (body.reward is None) == (body.thumbs is None):
             raise Problem(400, "Give either a reward or thumbs.", param="reward")
         version = await _in_registry(
@@ -245,16 +261,26 @@ def _add_admin(app: FastAPI, service: Service) -> None:
         arms = service.live.routing.arms.get(name, ())
         return Routed(model=name, versions={arm.version.key: arm.share for arm in arms})
 
-    @app.post("/v1/admin/adapters/{name}/promote", response_model=Routed, dependencies=[admin])
-    async def promote(name: AdapterName, body: PromoteRequest) -> Routed:
+    @app.post(
+        "/v1/admin/adapters/{name}/promote",
+        response_model=Routed,
+        dependencies=[admin],
+        openapi_extra=described(PromoteRequest),
+    )
+    async def promote(name: AdapterName, body: Promotion) -> Routed:
         return await changed(name, lambda: service.registry.promote(f"{name}@{body.version}"))
 
     @app.post("/v1/admin/adapters/{name}/rollback", response_model=Routed, dependencies=[admin])
     async def rollback(name: AdapterName) -> Routed:
         return await changed(name, lambda: service.registry.rollback(name))
 
-    @app.post("/v1/admin/adapters/{name}/split", response_model=Routed, dependencies=[admin])
-    async def split(name: AdapterName, body: SplitRequest) -> Routed:
+    @app.post(
+        "/v1/admin/adapters/{name}/split",
+        response_model=Routed,
+        dependencies=[admin],
+        openapi_extra=described(SplitRequest),
+    )
+    async def split(name: AdapterName, body: Split) -> Routed:
         weights = {int(number): weight for number, weight in body.weights.items()}
         return await changed(name, lambda: service.registry.split(name, weights))
 
@@ -305,6 +331,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
                 operation["security"] = [] if address == "/health" else [{"key": []}]
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
+        read = (ChatRequest, CompletionRequest, FeedbackRequest, PromoteRequest, SplitRequest)
+        schema["components"]["schemas"].update(schemas(read))
         schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         app.openapi_schema = schema
     return app.openapi_schema
