@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 CHAT, TEXT, FEEDBACK, SPLIT = (
     "/v1/chat/completions",
@@ -77,13 +76,3 @@ def hostile(size: int) -> Iterator[tuple[str, str, bytes]]:
     yield "no UTF-8", TEXT, b"\xff" * size
     yield "surrogates", TEXT, b'{"prompt":"' + b"\\ud800" * (size // 6 - 10) + b'"}'
     yield "commas", TEXT, b"[" + b"," * (size - 1)
-
-
-def small() -> Iterator[tuple[str, str, bytes]]:
-    """Short bodies that ask for much."""
-    base: dict[str, Any] = {"model": "code", "temperature": 1.0, "n": 16}
-    yield "all likely tokens", TEXT, json.dumps({**base, "prompt": "a", "max_tokens": 256, "logprobs": 20}).encode()
-    chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 256, "logprobs": True, "top_logprobs": 20}
-    yield "all likely tokens in a chat", CHAT, json.dumps({**base, **chat}).encode()
-    yield "all of them streamed", CHAT, json.dumps({**base, **chat, "stream": True}).encode()
-    yield "a trace", TEXT, json.dumps({**base, "prompt": "a", "max_tokens": 256, "trace": True}).encode()

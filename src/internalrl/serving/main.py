@@ -5,6 +5,7 @@ The dataclasses are the command's options; nothing heavy is imported before the 
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import itertools
 import socket
@@ -129,6 +130,8 @@ def main(config: ServeConfig) -> dict[str, Any]:
         from internalrl.serving.api.process import Process  # what it needs is known to be there
 
         server = Process(app, config.bounds, config.drain_seconds)
+        gc.collect()
+        gc.freeze()  # what is loaded stays; looking through it again and again would hold everyone up for 0.2 s
         who = "whoever sends a key" if app.service.keys.needed else "this machine only, as there are no keys"
         print(f"Serving {app.service.name} at {address}/v1 for {who}; Ctrl-C stops it.", file=sys.stderr, flush=True)
         server.run([listener])

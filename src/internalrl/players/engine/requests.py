@@ -51,12 +51,14 @@ class Token:
     Attributes:
         number: of the token; text: what it adds to the answer. It is empty while a character is incomplete, or might
             begin a stop text; a later event brings it.
+        start: characters of the answer before what the token adds to it, also where that is still held back.
         logprob: of the token, in nats, before temperature, top_p and top_k; None if none were asked for.
         top: the most likely tokens there and their log-probabilities, the likeliest first.
     """
 
     number: int
     text: str
+    start: int = 0
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 

@@ -74,6 +74,7 @@ class Sequence:
         self.events: list[Event] = []
         self.pieces: list[str] = []
         self.segments: list[SegmentRecord] = []
+        self._length = 0
         self._open: _Open | None = None
         self._detokenizer = Detokenizer(tokenizer, self.request.prompt)
         self._stops = Stops(self.request.stop)
@@ -106,10 +107,11 @@ class Sequence:
         if self._open is not None:
             self._open.log_probability += logprob
         piece = self._detokenizer.add(number)
+        start, self._length = self._length, self._length + len(piece)
         self.pieces.append(piece)
         text = self._stops.add(piece)
         told = self.request.logprobs is not None
-        self.events.append(Token(number, text, logprob if told else None, top))
+        self.events.append(Token(number, text, start, logprob if told else None, top))
         if self._stops.found or number in self.ends:
             self.finish("stop")
         elif self.count >= self.most:

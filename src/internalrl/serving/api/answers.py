@@ -1,11 +1,10 @@
-"""Events of the engine become OpenAI's answers: chunks of a stream, or one whole answer. No network here."""
+"""Events of the engine become the chunks of OpenAI's answers. No network here."""
 
 from __future__ import annotations
 
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -45,7 +44,7 @@ class Vocabulary:
 
 
 class Answer:
-    """One request's answer; `add` events as they come, then read `chunk`s or the `whole`.
+    """One request's answer; `add` events as they come, and send `chunk`s of what that returns, or a `whole.Whole`.
 
     Args:
         version: what answers: a version of an adapter, or the base.
@@ -64,17 +63,17 @@ class Answer:
         reported: int | None,
         trace: bool,
     ):
-        self.id, self._kind, self._vocabulary = id_, kind, vocabulary
+        self.id, self.kind, self._vocabulary = id_, kind, vocabulary
         self._reported, self._trace, self._version = reported, trace, version
         self._seeds = list(seeds)
         self._head = {"id": id_, "created": int(time.time()), "model": model, "system_fingerprint": version}
-        self._choices = [_Choice() for _ in self._seeds]
+        self._tokens = [0 for _ in self._seeds]
         self._prompt_tokens = prompt_tokens
 
     @property
     def completion_tokens(self) -> int:
         """Tokens generated so far."""
-        return sum(choice.tokens for choice in self._choices)
+        return sum(self._tokens)
 
     @property
     def usage(self) -> dict[str, int]:
@@ -88,66 +87,63 @@ class Answer:
 
     def add(self, index: int, event: Event) -> dict[str, Any] | None:
         """Take an event of choice `index`; returns the choice of a chunk, or None where there is nothing to tell."""
-        choice = self._choices[index]
         logprobs = None
         if isinstance(event, Token):
-            choice.tokens += 1
+            self._tokens[index] += 1
             if self._reported is not None and event.number not in self._vocabulary.special:
-                logprobs = self._logprobs(event, choice.length)
-                choice.logprobs.append(logprobs)
+                logprobs = self._logprobs(event)
             if not event.text and logprobs is None:
                 return None
-        choice.texts.append(event.text)
-        choice.length += len(event.text)
         part: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": None}
         if isinstance(event, Finished):
-            choice.reason = part["finish_reason"] = event.reason
+            part["finish_reason"] = event.reason
             if self._trace:
                 adapter = self._version if event.segments else None
-                segments = [asdict(segment) for segment in event.segments]
-                choice.trace = part["trace"] = {"adapter": adapter, "seed": self._seeds[index], "segments": segments}
-        if self._kind == "chat":
+                segments = [vars(segment) for segment in event.segments]
+                part["trace"] = {"adapter": adapter, "seed": self._seeds[index], "segments": segments}
+        if self.kind == "chat":
             return {**part, "delta": {"content": event.text} if event.text else {}}
         return {**part, "text": event.text}
 
     def opening(self) -> list[dict[str, Any]]:
         """Choices of the first chunks of a stream: in a chat they say who speaks."""
-        if self._kind == "text":
+        if self.kind == "text":
             return []
         role = {"role": "assistant", "content": ""}
         return [
             {"index": index, "delta": role, "logprobs": None, "finish_reason": None}
-            for index in range(len(self._choices))
+            for index in range(len(self._tokens))
         ]
 
     def chunk(self, choices: list[dict[str, Any]], usage: bool = False) -> dict[str, Any]:
         """A chunk of a stream with these choices; the one with the usage has none."""
         tail = {"usage": self.usage} if usage else {}
-        return {**self._head, "object": _OBJECTS[self._kind][1], "choices": choices, **tail}
+        return {**self._head, "object": _OBJECTS[self.kind][1], "choices": choices, **tail}
 
-    def whole(self) -> dict[str, Any]:
-        """The answer in one piece, when all choices have finished."""
-        choices = [self._whole_choice(index, choice) for index, choice in enumerate(self._choices)]
-        return {**self._head, "object": _OBJECTS[self._kind][0], "choices": choices, "usage": self.usage}
+    @property
+    def no_logprobs(self) -> dict[str, Any] | None:
+        """The log-probabilities of a choice without a token."""
+        if self._reported is None:
+            return None
+        if self.kind == "chat":
+            return {"content": [], "refusal": None}
+        return {"tokens": [], "token_logprobs": [], "top_logprobs": [] if self._reported else None, "text_offset": []}
 
-    def _whole_choice(self, index: int, choice: _Choice) -> dict[str, Any]:
-        text = "".join(choice.texts)
-        whole: dict[str, Any] = {"index": index, "finish_reason": choice.reason, "logprobs": None}
-        if self._kind == "chat":
-            whole["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            whole["text"] = text
-        if self._reported is not None:
-            whole["logprobs"] = self._join(choice.logprobs)
-        if choice.trace is not None:
-            whole["trace"] = choice.trace
-        return whole
+    @property
+    def choices(self) -> int:
+        """How many there are."""
+        return len(self._tokens)
 
-    def _logprobs(self, token: Token, offset: int) -> dict[str, Any]:
-        """One token's log-probabilities, as a chunk has them; `offset` is the length of the text before it."""
+    @property
+    def head(self) -> dict[str, Any]:
+        """What a whole answer says beside its choices."""
+        return {**self._head, "object": _OBJECTS[self.kind][0]}
+
+    def _logprobs(self, token: Token) -> dict[str, Any]:
+        """One token's log-probabilities, as a chunk has them."""
         text, data = self._vocabulary.piece(token.number)
         top = [(*self._vocabulary.piece(number), _finite(logprob)) for number, logprob in token.top]
-        if self._kind == "chat":
+        if self.kind == "chat":
             entry = {"token": text, "bytes": data, "logprob": _finite(token.logprob)}
             tops = [{"token": text, "bytes": data, "logprob": logprob} for text, data, logprob in top]
             return {"content": [{**entry, "top_logprobs": tops}], "refusal": None}
@@ -158,27 +154,8 @@ class Answer:
             "tokens": [text],
             "token_logprobs": [_finite(token.logprob)],
             "top_logprobs": [likely] if self._reported else None,
-            "text_offset": [offset],
+            "text_offset": [token.start],
         }
-
-    def _join(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
-        if self._kind == "chat":
-            return {"content": [entry for part in parts for entry in part["content"]], "refusal": None}
-        names = ("tokens", "token_logprobs", "text_offset", *(["top_logprobs"] if self._reported else []))
-        joined: dict[str, Any] = {name: [entry for part in parts for entry in part[name]] for name in names}
-        return {"top_logprobs": None, **joined}
-
-
-class _Choice:
-    """One choice so far."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.length = 0
-        self.tokens = 0
-        self.logprobs: list[dict[str, Any]] = []
-        self.reason: str | None = None
-        self.trace: dict[str, Any] | None = None
 
 
 def _finite(logprob: float | None) -> float | None:

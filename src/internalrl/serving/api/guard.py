@@ -169,8 +169,11 @@ class Connection(H11Protocol):
 
     seconds = 10.0
     """Time for either; set on a subclass."""
+    at_once = 1 << 14
+    """Bytes that are read at once: they may be of many chunks, and nothing else happens until all are dealt with."""
 
     def connection_made(self, transport: Any) -> None:
+        transport.max_size = self.at_once
         super().connection_made(transport)
         self.app_state = {**self.app_state, "abort": transport.abort}
         self._due: asyncio.TimerHandle | None = self.loop.call_later(self.seconds, transport.abort)

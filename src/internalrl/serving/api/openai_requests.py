@@ -22,7 +22,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 CHOICES = 16
 """Most sequences that one request may ask for."""
-CODE_NUMBERS = 1 << 14
+CODE_NUMBERS = 1 << 13
 """Most numbers in the codes of a request."""
 ARMS = 64
 """Most versions that traffic may be split among."""
@@ -183,7 +183,9 @@ class Part(Body):
 
 class FunctionCall(Body):
     name: Annotated[str, Field(max_length=1024)]
-    arguments: str | dict[str, Any] | None = Field(default=None, description="A JSON object, as a text.")
+    arguments: Annotated[str, Field(max_length=1 << 16)] | dict[str, Any] | None = Field(
+        default=None, description="A JSON object, as a text."
+    )
 
 
 class ToolCall(Body):

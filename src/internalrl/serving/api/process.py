@@ -19,6 +19,8 @@ import uvicorn
 from internalrl.serving.api.guard import Connection, Guard
 from internalrl.serving.main import Bounds
 
+HEAD_BYTES = 1 << 14
+"""Most bytes of a request's head: it may be of many lines, and none of them is free."""
 CUT = 2.0
 """Seconds in which those whose answers are cut off can be told so."""
 
@@ -36,7 +38,9 @@ class Process(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                loop="asyncio",
                 http=Timed,
+                h11_max_incomplete_event_size=HEAD_BYTES,
                 ws="none",
                 lifespan="on",
                 log_level="warning",

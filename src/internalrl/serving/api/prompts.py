@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,11 +12,10 @@ from internalrl.serving.api.problems import Problem
 
 
 class Prompts:
-    """Makes token numbers of what clients send; any thread may, one at a time."""
+    """Makes token numbers of what clients send, in one thread: a fast tokenizer is not made for several."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
-        self._one_at_a_time = threading.Lock()  # a fast tokenizer is not made for several threads
 
     def chat(self, body: ChatRequest) -> tuple[int, ...]:
         """The prompt that the chat template makes of the messages."""
@@ -34,10 +32,11 @@ class Prompts:
 
     def text(self, text: str, special: bool = True) -> tuple[int, ...]:
         """The tokens of a text; `special` are those that the tokenizer puts around it."""
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise Problem(400, "A text holds half of a surrogate pair; send valid Unicode.")
-        with self._one_at_a_time:
-            return tuple(self._tokenizer.encode(text, add_special_tokens=special))
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise Problem(400, "A text holds half of a surrogate pair; send valid Unicode.") from error
+        return tuple(self._tokenizer.encode(text, add_special_tokens=special))
 
 
 def _message(message: Message, index: int, template: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -46,6 +46,7 @@ from internalrl.serving.api.problems import Problem
 from internalrl.serving.api.reading import described, reading, schemas
 from internalrl.serving.api.security import Key, Scope
 from internalrl.serving.api.service import Service
+from internalrl.serving.api.whole import Whole
 from internalrl.serving.audit import page as audit_page
 from internalrl.serving.audit.store import Query as AuditQuery
 from internalrl.serving.registry.versions import NAME
@@ -186,9 +187,11 @@ async def _generate(service: Service, body: ChatRequest | CompletionRequest, cal
     if body.stream:
         return _Streamed(service, body, prompts, caller)
     async with service.generating(body, prompts, caller) as (answer, events):
+        whole = Whole(answer)
         async for index, event in events:
-            answer.add(index, event)
-        return JSONResponse(answer.whole())
+            if part := answer.add(index, event):
+                whole.add(part)
+        return await whole.response()
 
 
 class _Streamed(Response):

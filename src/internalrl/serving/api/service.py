@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 CLOSE = 2.0
 """Most seconds that what answers have left behind is waited for when the server stops."""
+BREATH = 16
+"""Events of an answer after which others have their turn."""
 REMEMBER = 1.0
 """Most seconds that the end of an answer waits until feedback on it would be understood."""
 
@@ -196,12 +198,14 @@ class Service:
         remembered: asyncio.Task[None] | None,
     ) -> AsyncGenerator[tuple[int, Event]]:
         """Events of all streams as they come; the last of each comes when its segments are recorded."""
-        first = True
+        count = 0
         async with aclosing(_merged(streams)) as merged:
             async for index, event in merged:
-                if first:
+                if count == 0:
                     self.metrics.first_token(model, time.monotonic() - began)
-                    first = False
+                count += 1
+                if count % BREATH == 0:  # there may be so many that reading them never waits
+                    await asyncio.sleep(0)
                 if isinstance(event, Finished):
                     if self.audit and streams[index].request.adapter:
                         await self._recorded(self.audit, streams[index].request.id)
