@@ -44,10 +44,12 @@ clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The pages are tested where a browser is found, databases where a PostgreSQL server is; on CI they are worth fetching.
+# The pages are tested where a browser is found, databases where a PostgreSQL server is, the proxy where nginx is; on CI they
+# are worth fetching.
 fetched:
 	@missing=; command -v chromium >/dev/null || missing=chromium; \
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
+	command -v nginx >/dev/null || ls /usr/sbin/nginx >/dev/null 2>&1 || missing="$$missing nginx openssl sqlite3"; \
 	if [ -n "$$missing" ] && [ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		(apt-get update && apt-get install -y --no-install-recommends $$missing) >/dev/null 2>&1 \
 			|| echo "$$missing could not be installed; what needs them will be skipped"; \
