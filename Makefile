@@ -10,10 +10,10 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types docs bench fetched clean
+.PHONY: help demo test versions check lint types docs bench fetched clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' Makefile
 
 # A finished demo is replaced, an interrupted one continued.
 demo: $(INSTALLED) ## all three stages on the grid world, from nothing to runs/demo/report.html
@@ -22,6 +22,9 @@ demo: $(INSTALLED) ## all three stages on the grid world, from nothing to runs/d
 
 test: $(INSTALLED) fetched ## run the tests; ARGS="-k name" chooses
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 $(ARGS)
+
+versions: $(INSTALLED) ## what must hold with every admitted release, with the oldest and the newest, in .versions
+	@OMP_NUM_THREADS=1 $(PYTHON) tools/versions.py $(ARGS)
 
 check: lint types docs ## lint, types and the commands and links in the documentation
 
@@ -40,8 +43,8 @@ BENCHMARKS := demonstrations discovery_step steered_decoding sandbox serving ser
 bench: $(INSTALLED) ## run the benchmarks; they write benchmarks/results
 	@for name in $(BENCHMARKS); do echo "$$name"; $(PYTHON) "benchmarks/$$name.py" || exit 1; done
 
-clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .versions and caches; runs/ stays
+	rm -rf $(VENV) .versions build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The pages are tested where a browser is found, databases where a PostgreSQL server is, the proxy where nginx is; on CI they

@@ -17,6 +17,8 @@ from tests.support.tiny import close, tiny_base, walks
 
 OBSERVATIONS = walks(4, 6)
 
+pytestmark = pytest.mark.versions
+
 
 def read(base: TrajectoryModel, steps: int = 5) -> TrajectoryCache:
     """The cache of so many steps."""

@@ -13,6 +13,8 @@ from tests.support.forgetting import LOSSES, make_forgetful
 from tests.support.language import prompts, steered_language_model
 from tests.support.tiny import BATCH, N_Z, environment
 
+pytestmark = pytest.mark.versions
+
 
 def propose(rows: Tensor, _: Tensor) -> Tensor:
     return torch.zeros(len(rows), N_Z)

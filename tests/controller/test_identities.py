@@ -33,6 +33,8 @@ from tests.support.tiny import (
     tiny_steered,
 )
 
+pytestmark = pytest.mark.versions
+
 MODES = (*RELAXED_MODES, "hard")
 
 

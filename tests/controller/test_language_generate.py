@@ -152,6 +152,7 @@ def test_stop_strings(steered: SteeredModel) -> None:
     assert torch.equal(found[0, : first + 1], free[0, : first + 1])
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("cache", ["static", StaticCache, DynamicCache])
 def test_any_cache_gives_the_same_text(steered: SteeredModel, cache: Any) -> None:
     padded = pad_left([prompts(1, length, seed=length)[0] for length in (3, 7, 5)])
@@ -207,6 +208,7 @@ def test_what_steering_cannot_follow_is_refused(steered: SteeredModel, what: str
         run(steered, **UNSUITED[what])
 
 
+@pytest.mark.versions
 def test_assistants_and_used_caches_are_refused(steered: SteeredModel) -> None:
     with pytest.raises(InternalRLError, match="assisted generation"):
         run(steered, assistant_model=steered.base)

@@ -435,6 +435,7 @@ def test_the_engine_survives_a_failing_step(base: PreTrainedModel, models: dict[
         same(read(engine.submit(good)), expected)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_base_that_loses_the_past_answers_nothing(loss: str) -> None:
     """Neither the request whose prompt is read nor those that are running go on as if nothing had been read."""

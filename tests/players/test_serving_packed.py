@@ -93,6 +93,7 @@ def test_rows_that_come_and_go_continue_as_if_alone(kind: str) -> None:
         assert_close(texts.read(new), texts.alone(new), atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.versions
 @torch.no_grad()
 def test_a_row_that_outgrows_its_tray_is_the_same_text() -> None:
     texts = Texts(language_model(max_position_embeddings=512), slots=4, context=512)
@@ -105,6 +106,7 @@ def test_a_row_that_outgrows_its_tray_is_the_same_text() -> None:
     assert other.tray.capacity == 64
 
 
+@pytest.mark.versions
 @torch.no_grad()
 def test_what_is_left_of_a_row_that_went_wrong_hurts_nobody() -> None:
     """nan in the place of a row that has gone, and behind the ends of the others."""
